@@ -1,0 +1,440 @@
+"""Judge a policy as the paper does: win rate, exact KL, and the policy as a classifier.
+
+    python gold_eval.py sample --model runs/toy/sft --data data/toy/golden.jsonl --out base.jsonl
+    python gold_eval.py judge --model runs/toy/dpo --reference runs/toy/sft --gold runs/toy/gold \\
+        --baseline base.jsonl --data data/toy/golden.jsonl --out runs/toy/dpo/judged.json
+
+gold/win_rate         share of the baseline's prompts on which the golden model prefers the policy's
+                      response (temperature 1) to the baseline's; a tie counts half
+gold/kl               KL(policy, reference) in nats a response: the exact KL of the two next-token
+                      distributions, summed over the positions of a sampled response (appendix D)
+gold/accuracy_golden  share of D_golden pairs on which h > 0, h as in dpo.py (appendix E)
+gold/accuracy_self    the same on pairs of the policy's own samples, labelled by the golden model
+gold/chosen_logratio  mean log pi(y_w|x) - log ref(y_w|x) on D_golden (figure 8)
+Each comes with its standard error (.._se).
+
+`sample` writes responses to the first prompts of --data (a baseline), or, with --other and --gold,
+pairs of token ids sampled from two policies and labelled by the golden model (figure 12).
+
+MIT licence. Shared: `load_judge` and `evaluate` are what the training scripts call.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers.cache_utils import DynamicLayer
+
+from reward import (
+    autocast,
+    check_lengths,
+    fail,
+    load_pairs,
+    load_preference_model,
+    micro_batches,
+    pack_pairs,
+    prefer,
+    read_jsonl,
+)
+
+KL_PROMPTS = 256  # prompts for the KL, pairs for each accuracy (appendices D and E)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    judge = commands.add_parser("judge", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    judge.add_argument("--reference", required=True, help="policy that training started from")
+    judge.add_argument("--baseline", required=True, help="file of baseline responses (sample)")
+    judge.add_argument("--gold", required=True, help="golden preference model")
+    draw = commands.add_parser("sample", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    draw.add_argument("--other", help="second policy: write pairs, labelled by --gold")
+    draw.add_argument("--gold", help="golden preference model (with --other)")
+    draw.add_argument("--prompts", type=int, default=2048, help="distinct prompts at the most")
+    for p in (judge, draw):
+        p.add_argument("--model", required=True, help="policy: run folder, folder or hub name")
+        p.add_argument("--data", required=True, help="pairs (jsonl, jsonl.gz)")
+        p.add_argument("--out", required=True, help="file to write")
+        p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
+        p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
+        p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
+        p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+        p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
+    return parser.parse_args(argv)
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+class SlotLayer(DynamicLayer):
+    """One layer's KV cache in a buffer made once: a step writes one slot, and copies nothing."""
+
+    def __init__(self, slots):
+        super().__init__()
+        self.slots = slots
+
+    def update(self, keys, values, *args, **kwargs):
+        """Write the new (B, heads, new, width) keys and values; return all so far, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            batch, heads, _, width = keys.shape
+            self.buffer = keys.new_empty(2, batch, heads, self.slots, width)
+            self.used = 0
+        self.buffer[0, :, :, self.used:self.used + keys.shape[2]] = keys
+        self.buffer[1, :, :, self.used:self.used + keys.shape[2]] = values
+        self.used += keys.shape[2]
+        self.keys, self.values = self.buffer[:, :, :, :self.used]
+        return self.keys, self.values
+
+    def take(self, rows):
+        """Keep (or repeat) these rows of the batch."""
+        self.buffer = self.buffer[:, rows]
+        self.keys, self.values = self.buffer[:, :, :, :self.used]
+
+
+def pick_tokens(logits, noise):
+    """Draw one token a row from softmax(logits) (B, V) by inverting its CDF at noise (B,)."""
+    cdf = logits.float().softmax(-1).double().cumsum(-1)
+    tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False, rows_at_once=256):
+    """Sample `per_prompt` responses to each prompt at temperature 1, as lists of token ids.
+
+    Returns len(prompts) * per_prompt lists, those of one prompt side by side; each ends with `eos`
+    unless it reached `max_tokens`. A prompt is prefilled once for all its samples; prompts of
+    similar lengths go together, left-padded; rows that have ended leave the batch. The noise of
+    every (row, position) is drawn beforehand: grouping and leaving rows change no distribution.
+    """
+    device, count = model.device, len(prompts) * per_prompt
+    noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
+    drawn = torch.full((count, max_tokens), eos, device=device)
+
+    def forward(ids, real, positions, cache):
+        with autocast(device):
+            return model(input_ids=ids, attention_mask=real, position_ids=positions, use_cache=True,
+                         past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (B, V)
+
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size = max(1, rows_at_once // per_prompt)
+    for group in (order[i:i + size] for i in range(0, len(order), size)):
+        width = len(prompts[group[-1]])
+        pad = [width - len(prompts[i]) for i in group]
+        ids = torch.tensor([[eos] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
+        real = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
+        cache = Cache(layer_class_to_replicate=partial(SlotLayer, width + max_tokens))
+        logits = forward(ids.to(device), real, (real.cumsum(1) - 1).clamp(min=0), cache)
+        rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)]).to(device)
+        keep = torch.arange(len(group), device=device).repeat_interleave(per_prompt)
+        logits, real, alive = logits[keep], real[keep], torch.ones_like(keep, dtype=torch.bool)
+        for layer in cache.layers:
+            layer.take(keep)
+        for t in range(max_tokens):
+            tokens = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
+            drawn[rows[alive], t] = tokens[alive]
+            alive &= tokens != eos
+            left = int(alive.sum())
+            if left == 0 or t + 1 == max_tokens:
+                break
+            if left <= 0.8 * len(rows):  # worth a copy of the cache
+                keep = alive.nonzero().squeeze(1)
+                tokens, rows, real, alive = tokens[keep], rows[keep], real[keep], alive[keep]
+                for layer in cache.layers:
+                    layer.take(keep)
+            real = F.pad(real, (0, 1), value=1)
+            logits = forward(tokens[:, None], real, real.sum(1, keepdim=True) - 1, cache)
+    responses = drawn.tolist()
+    return [r[:r.index(eos) + 1] if eos in r else r for r in responses]
+
+
+# ---- log-probs and KL ----------------------------------------------------------------------------
+
+LOGITS_AT_ONCE = 1 << 24  # logits of one chunk: 64 MB in fp32, whatever the vocabulary
+
+
+def token_logps(head, hidden, targets):
+    """Log-probs (n,) of `targets` (n,) under `head` of `hidden` (n, D), in fp32."""
+    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def response_hidden(model, packed):
+    """Last hidden states (N, D) of packed pairs where the next token is a response token."""
+    ids, positions, _, visible, sources, *_ = packed
+    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
+                              use_cache=False).last_hidden_state  # (B, T, D)
+    return hidden.flatten(0, 1)[sources]
+
+
+def pair_logps(model, pairs):
+    """Summed response log-probs of B pairs as (2, B), chosen first; one shared row a pair.
+
+    The vocabulary projection runs on response positions only, in chunks that are recomputed in the
+    backward pass, so that the (tokens, V) logits never exist at once.
+    """
+    packed = pack_pairs(pairs, model.device)
+    targets, owners = packed[-2:]
+    hidden, head = response_hidden(model, packed), model.get_output_embeddings()
+    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    logps = torch.cat([
+        checkpoint(token_logps, head, h, t, use_reentrant=False, preserve_rng_state=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)])  # (N,)
+    return logps.new_zeros(2 * len(pairs)).index_add(0, owners, logps).view(2, -1)
+
+
+def plain_logps(model, pairs):
+    """The same as `pair_logps` the plain way: one row a response, full logits, no mask tricks."""
+    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    pad = [width - len(prompt) - len(response) for prompt, response in rows]
+    ids = torch.tensor([p + r + [0] * n for (p, r), n in zip(rows, pad, strict=True)])
+    real = torch.tensor([[1] * (width - n) + [0] * n for n in pad])
+    asked = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * n
+                          for (p, r), n in zip(rows, pad, strict=True)])
+    ids, real, asked = (x.to(model.device) for x in (ids, real, asked))
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
+    logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (logps * asked[:, 1:]).sum(1).view(2, -1)
+
+
+@torch.no_grad()
+def choose_logps(model, pairs):
+    """`pair_logps` where it agrees with `plain_logps` in fp32 on a few pairs, else the latter."""
+    try:
+        gap = (pair_logps(model, pairs[:4]) - plain_logps(model, pairs[:4])).abs().max().item()
+    except Exception as e:  # the model takes no such mask
+        gap = type(e).__name__
+    if isinstance(gap, float) and gap < 1e-2:
+        return pair_logps
+    print(f"this model's attention does not take one row a pair (gap {gap}): using plain rows")
+    return plain_logps
+
+
+def load_policy(name, trust_remote_code, device):
+    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub."""
+    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code)
+    except Exception as e:  # many kinds; each means that this model is not to be had
+        fail(f"cannot load a model from {name}: {str(e).strip().splitlines()[0][:200]}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        known = len(tokenizer)
+    except Exception:
+        known = 0
+    if known < 2:
+        fail(f"{name} has no tokenizer; save one beside the model (tokenizer.save_pretrained)")
+    if known > model.get_input_embeddings().num_embeddings:
+        fail(f"{name}: the tokenizer has {known} tokens, the model embeds only "
+             f"{model.get_input_embeddings().num_embeddings}")
+    if tokenizer.eos_token_id is None:
+        fail(f"{name}: the tokenizer has no EOS token; set tokenizer.eos_token and save it")
+    return model.to(device).eval(), tokenizer
+
+
+def token_kl(head, ref_head, hidden, ref_hidden):
+    """Exact KL (n,) between the next-token distributions at n positions, over the vocabulary."""
+    logp = head(hidden).float().log_softmax(-1)
+    ref_logp = ref_head(ref_hidden).float().log_softmax(-1)
+    return (logp.exp() * (logp - ref_logp)).sum(-1)
+
+
+@torch.no_grad()
+def response_kl(policy, reference, rows, tokens):
+    """KL in nats (R,) of each (prompt, response): exact a position, summed over its positions.
+
+    Averaged over responses sampled from the policy this is an unbiased estimate of the KL between
+    the two policies' distributions of whole responses (paper, appendix D).
+    """
+    kls, pairs = torch.zeros(len(rows)), [(prompt, response, []) for prompt, response in rows]
+    for group in micro_batches(pairs, tokens):
+        batch = [pairs[i] for i in group]
+        with autocast(policy.device):
+            packed = pack_pairs(batch, policy.device)
+            hidden, ref_hidden = (response_hidden(model, packed) for model in (policy, reference))
+            head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
+            chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+            kl = torch.cat([token_kl(head, ref_head, h, r) for h, r in zip(
+                hidden.split(chunk), ref_hidden.split(chunk), strict=True)])
+        kls[group] = torch.zeros(len(batch), device=kl.device).index_add(0, packed[-1], kl).cpu()
+    return kls
+
+
+# ---- the judge -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Judge:
+    """What stays fixed while policies are judged: made once a run by `load_judge`."""
+
+    gold: torch.nn.Module
+    reference: torch.nn.Module
+    logps_of: object  # pair_logps or plain_logps
+    tokenizer: object
+    prompts: list  # token ids, those of the baseline file
+    baseline: list  # its response to each
+    pairs: list  # of D_golden, sub-sampled
+    ref_logps: torch.Tensor  # (2, pairs)
+    max_tokens: int
+    tokens: int  # of a micro-batch
+    seed: int
+
+
+@torch.no_grad()
+def batch_logps(model, logps_of, pairs, tokens):
+    """(2, B) summed log-probs of any number of pairs, chosen first."""
+    logps = torch.zeros(2, len(pairs))
+    for rows in micro_batches(pairs, tokens):
+        with autocast(model.device):
+            logps[:, rows] = logps_of(model, [pairs[i] for i in rows]).cpu()
+    return logps
+
+
+def load_gold(name, tokenizer, device, trust_remote_code):
+    """Load a preference model that reads the policy's token ids as they are."""
+    gold, own = load_preference_model(name, device, trust_remote_code)
+    if own.get_vocab() != tokenizer.get_vocab():
+        fail(f"{name} has another tokenizer than the policy; token ids go to it as they are, so "
+             "train it from a model of the same family")
+    return gold
+
+
+def load_judge(args, reference, tokenizer, logps_of=None):
+    """Read --gold, --baseline and the pairs of --eval-data (or --data); keep a copy of `reference`.
+
+    `args` also gives max_prompt_tokens, max_response_tokens, tokens_per_microbatch and seed.
+    """
+    if not args.baseline:
+        fail("--gold needs --baseline, a file of responses (gold_eval.py sample)")
+    rows = list(read_jsonl(args.baseline))
+    for number, row in rows:
+        if not {"prompt_ids", "response_ids"} <= row.keys():
+            fail(f"{args.baseline}:{number}: missing prompt_ids or response_ids; "
+                 "write the file with `gold_eval.py sample`")
+    if not rows:
+        fail(f"{args.baseline}: no responses in it")
+    gold = load_gold(args.gold, tokenizer, reference.device, args.trust_remote_code)
+    pairs = load_pairs(getattr(args, "eval_data", None) or args.data, tokenizer,
+                       args.max_prompt_tokens, args.max_response_tokens)
+    pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:KL_PROMPTS]
+    pairs = [pairs[i] for i in pick.tolist()]
+    reference = copy.deepcopy(reference).requires_grad_(False)
+    logps_of = logps_of or choose_logps(reference, pairs)
+    ref_logps = batch_logps(reference, logps_of, pairs, args.tokens_per_microbatch)
+    return Judge(gold, reference, logps_of, tokenizer, [row["prompt_ids"] for _, row in rows],
+                 [row["response_ids"] for _, row in rows], pairs, ref_logps,
+                 args.max_response_tokens, args.tokens_per_microbatch, args.seed)
+
+
+def mean_se(name, values):
+    """{name: mean, name_se: its standard error} of a tensor of independent values."""
+    values = values.double()
+    se = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(math.nan)
+    return {f"gold/{name}": values.mean().item(), f"gold/{name}_se": se.item()}
+
+
+def evaluate(policy, judge):
+    """Judge a policy: ({"gold/...": number}, a few samples). The same noise at every call."""
+    generator = torch.Generator().manual_seed(judge.seed)
+    draw = partial(sample, policy, max_tokens=judge.max_tokens, eos=judge.tokenizer.eos_token_id,
+                   generator=generator)
+    twice = judge.prompts[:KL_PROMPTS]
+    two = draw(twice, 2)  # two responses each, for the self-classification
+    responses = two[::2] + draw(judge.prompts[KL_PROMPTS:], 1)
+
+    margins = prefer(judge.gold, list(zip(judge.prompts, responses, judge.baseline, strict=True)),
+                     judge.tokens)
+    metrics = mean_se("win_rate", (margins.sign() + 1) / 2)
+    metrics |= mean_se("kl", response_kl(policy, judge.reference, list(zip(twice, two[::2],
+                                         strict=True)), judge.tokens))
+
+    logratios = batch_logps(policy, judge.logps_of, judge.pairs, judge.tokens) - judge.ref_logps
+    h = logratios[0] - logratios[1]
+    metrics |= mean_se("accuracy_golden", (h.sign() + 1) / 2)
+    metrics |= mean_se("chosen_logratio", logratios[0])
+
+    own = [pair for pair in zip(twice, two[::2], two[1::2], strict=True) if pair[1] != pair[2]]
+    if own:
+        first, second = (batch_logps(model, judge.logps_of, own, judge.tokens)
+                         for model in (policy, judge.reference))
+        h = (first - second)[0] - (first - second)[1]
+        agree = h.sign() * prefer(judge.gold, own, judge.tokens).sign()
+        metrics |= mean_se("accuracy_self", (agree + 1) / 2)
+    metrics |= mean_se("response_length", torch.tensor([float(len(r)) for r in responses]))
+
+    decode = partial(judge.tokenizer.decode, skip_special_tokens=True)
+    samples = [{"prompt": decode(judge.prompts[i]), "response": decode(responses[i]),
+                "baseline": decode(judge.baseline[i]), "gold_margin": margins[i].item()}
+               for i in range(min(4, len(responses)))]
+    return metrics, samples
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def write_samples(args, policy, tokenizer, device):
+    """Write responses to the first distinct prompts of --data, or golden-labelled pairs of two."""
+    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    prompts = [list(p) for p in dict.fromkeys(tuple(p) for p, _, _ in pairs)][:args.prompts]
+    generator = torch.Generator().manual_seed(args.seed)
+    draw = partial(sample, max_tokens=args.max_response_tokens, eos=tokenizer.eos_token_id,
+                   generator=generator, per_prompt=1)
+    responses = draw(policy, prompts)
+    if not args.other:
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        return [{"prompt_ids": p, "response_ids": r, "prompt": decode(p), "response": decode(r)}
+                for p, r in zip(prompts, responses, strict=True)]
+    if not args.gold:
+        fail("--other needs --gold, which labels the pairs")
+    other, own = load_policy(args.other, args.trust_remote_code, device)
+    gold = load_gold(args.gold, tokenizer, device, args.trust_remote_code)
+    if own.get_vocab() != tokenizer.get_vocab():
+        fail(f"{args.other} has another tokenizer than {args.model}")
+    pairs = list(zip(prompts, responses, draw(other, prompts), strict=True))
+    margins = prefer(gold, pairs, args.tokens_per_microbatch).tolist()
+    print(f"{args.model} is preferred to {args.other} on {sum(m > 0 for m in margins):,} of "
+          f"{len(pairs):,} pairs; {sum(a == b for _, a, b in pairs):,} are equal")
+    return [{"prompt_ids": p, "chosen_ids": a if m >= 0 else b, "rejected_ids": b if m >= 0 else a}
+            for (p, a, b), m in zip(pairs, margins, strict=True)]
+
+
+def main(args):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if os.path.exists(args.out):
+        fail(f"{args.out} exists; choose another --out, or remove it")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy, tokenizer = load_policy(args.model, args.trust_remote_code, device)
+    check_lengths(policy, args)
+    if args.command == "sample":
+        rows = write_samples(args, policy, tokenizer, device)
+    else:
+        reference, own = load_policy(args.reference, args.trust_remote_code, device)
+        if own.get_vocab() != tokenizer.get_vocab():
+            fail(f"{args.reference} has another tokenizer than {args.model}")
+        metrics, samples = evaluate(policy, load_judge(args, reference, tokenizer))
+        rows = [metrics]
+        for s in samples[:2]:
+            print(f"> {s['prompt'].strip()}\n  {s['response'].strip()}")
+        for name in (n for n in metrics if not n.endswith("_se")):
+            print(f"{name:22} {metrics[name]:8.4f} +- {metrics[name + '_se']:.4f}")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    with open(args.out + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(args.out + ".tmp", args.out)
+    print(f"{args.out}: written")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,525 @@
+"""The preference model r(x, y1, y2): golden, trained on people's labels, or proxy, on the golden's.
+
+    python reward.py train --model runs/toy/sft --data data/toy/initial.jsonl --out runs/toy/gold
+    python reward.py label --model runs/toy/gold --data data/toy/initial.jsonl --out golden.jsonl
+
+A language model with a linear score at every response token; the log-odds that y1 is better are the
+scores of y1 summed, minus those of y2. Both kinds read one row a pair, [x, y1, y2]:
+  pairwise   y2 sees y1 (the paper's form); order randomised in training, judged both ways in use
+  pointwise  y2 does not see y1, so that the log-odds are r(x, y1) - r(x, y2): Bradley-Terry
+The paper (2405.08448, appendix A) uses the pairwise form and names the point-wise one as the more
+carefully controlled alternative.
+
+MIT licence. Shared: `prefer` is what gold_eval.py and online_rlhf.py call.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = train
+    p.add_argument("--model", required=True, help="backbone: run folder, folder or hub name")
+    p.add_argument("--data", required=True, help="pairs (jsonl, jsonl.gz)")
+    p.add_argument("--validation", help="held-out pairs (default: the last 5%% of --data, <= 2000)")
+    p.add_argument("--kind", choices=["pairwise", "pointwise"], default="pairwise",
+                   help="does y2 see y1?")
+    p.add_argument("--out", required=True, help="run folder to write")
+    p.add_argument("--steps", type=int, default=4000, help="gradient steps at the most")
+    p.add_argument("--batch-size", type=int, default=32, help="pairs a step")
+    p.add_argument("--lr", type=float, default=1e-4, help="learning rate, constant after warm-up")
+    p.add_argument("--warmup", type=int, default=1000, help="steps of linear warm-up")
+    p.add_argument("--patience", type=int, default=5,
+                   help="stop after this many evaluations without a better validation accuracy")
+    p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
+    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    p.add_argument("--seed", type=int, default=0, help="seed of the data order and of the two sides")
+    label = commands.add_parser("label", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    label.add_argument("--model", required=True, help="preference model: run folder of `train`")
+    label.add_argument("--data", required=True, help="pairs to label (jsonl, jsonl.gz)")
+    label.add_argument("--out", required=True, help="file to write (jsonl)")
+    for p in (train, label):
+        p.add_argument("--max-prompt-tokens", type=int, default=896,
+                       help="longer prompts lose the left")
+        p.add_argument("--max-response-tokens", type=int, default=128,
+                       help="longer ones lose the right")
+        p.add_argument("--tokens-per-microbatch", type=int, default=8192,
+                       help="padded; lower saves memory")
+        p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
+    return parser.parse_args(argv)
+
+
+def fail(message):
+    """Print one line on stderr and exit with status 2: the user's input is at fault."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_jsonl(path):
+    """Yield (line number, object) of a .jsonl or .jsonl.gz file; what is malformed is an error."""
+    number = 0
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        fail(f"{path}:{number}: not a JSON object: {line.strip()[:40]!r}")
+                    yield number, row
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror or e}")
+    except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
+        fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
+
+
+def prompt_text(prompt, tokenizer, where):
+    """The prompt as one string; messages go through the tokenizer's chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    if not tokenizer.chat_template:
+        fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
+             "use a chat model, or write text (tasks.py --text)")
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+
+def load_pairs(path, tokenizer, max_prompt, max_response):
+    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+
+    Prompt and response are tokenised apart; BOS at most once, EOS exactly once. Over-long prompts
+    lose tokens on the left, over-long responses on the right (and so their EOS): counted, printed.
+    Rows of a stream ("prompt_ids", ...) are kept as they are.
+    """
+    texts, streamed, bos, eos = [], [], tokenizer.bos_token_id, tokenizer.eos_token_id
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        try:
+            if "prompt_ids" in row:
+                streamed.append((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))
+            else:
+                texts.append((prompt_text(row["prompt"], tokenizer, where), *(
+                    side if isinstance(side, str) else side[-1]["content"]
+                    for side in (row["chosen"], row["rejected"]))))
+                if not all(isinstance(text, str) for text in texts[-1]):
+                    raise TypeError
+        except KeyError as key:
+            fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
+        except (TypeError, IndexError):
+            fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages")
+    if streamed and texts or not (streamed or texts):
+        fail(f"{path}: " + ("text pairs and token ids are mixed" if texts else "no pairs in it"))
+    if streamed:
+        return streamed
+    ids = tokenizer([text for pair in texts for text in pair], add_special_tokens=False).input_ids
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    pairs, cut_prompts, cut_responses = [], 0, 0
+    for prompt, *responses in zip(ids[::3], ids[1::3], ids[2::3], strict=True):
+        start = [bos] if adds_bos or prompt[:1] == [bos] else []
+        prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
+        room = max_prompt - len(start)
+        cut_prompts += len(prompt) > room
+        prompt = start + prompt[max(len(prompt) - room, 0):] or [eos]  # something must come first
+        responses = [[i for i in response if i != eos] + [eos] for response in responses]
+        cut_responses += sum(len(response) > max_response for response in responses)
+        pairs.append((prompt, *(response[:max_response] for response in responses)))
+    print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
+          f"{cut_responses:,} responses on the right")
+    return pairs
+
+
+@lru_cache(maxsize=2)
+def epoch_order(epoch, rows, window, seed):
+    """Row order of an epoch, shuffled within windows of `window` rows (1: the order is kept)."""
+    if window == 1:
+        return list(range(rows))
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return [start + i for start in range(0, rows, window)
+            for i in torch.randperm(min(window, rows - start), generator=generator).tolist()]
+
+
+def batch_rows(step, rows, batch_size, order, shuffle_window, seed):
+    """Row numbers of batch `step` (from 0): epochs follow each other, no row is left out."""
+    window = shuffle_window * batch_size or rows
+    window = 1 if order == "kept" or shuffle_window == 1 else min(window, rows)
+    return [epoch_order(i // rows, rows, window, seed)[i % rows]
+            for i in range(step * batch_size, (step + 1) * batch_size)]
+
+
+def micro_batches(pairs, tokens):
+    """Lists of the batch's indices: similar lengths, at most `tokens` padded tokens in each."""
+    groups, group = [], []
+    for i in sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))):
+        if group and (len(group) + 1) * sum(map(len, pairs[i])) > tokens:
+            groups.append(group)
+            group = []
+        group.append(i)
+    return [*groups, group]
+
+
+def pack_pairs(pairs, device):
+    """Lay out B pairs as B rows: the prompt once, both responses behind it.
+
+        tokens    p p p | c c c | r r | .     right-padded to T
+        segment   0 0 0 | 1 1 1 | 2 2 | 3
+        position  0 1 2 | 3 4 5 | 3 4 | 0     the rejected response restarts at the prompt's end
+        source        * | * *   | *           predicts the next token (the last p predicts two)
+
+    A token sees the prompt and its own segment up to itself: each response stands as if alone.
+    Returns (ids (B, T), positions (B, T), segments (B, T), visible (B, 1, T, T),
+    sources, targets, owners (N,)): source is an index into B*T, owner into 2*B, chosen first.
+    """
+    width = max(sum(map(len, pair)) for pair in pairs)
+    ids, positions, segments, sources, targets, owners = [], [], [], [], [], []
+    for row, (prompt, chosen, rejected) in enumerate(pairs):
+        p, c, r = len(prompt), len(chosen), len(rejected)
+        pad = width - p - c - r
+        ids.append(prompt + chosen + rejected + [0] * pad)
+        positions.append([*range(p + c), *range(p, p + r), *[0] * pad])
+        segments.append([0] * p + [1] * c + [2] * r + [3] * pad)
+        last = row * width + p - 1  # the prompt's last token
+        sources += [*range(last, last + c), *[last][:r], *range(last + c + 1, last + c + r)]
+        targets += chosen + rejected
+        owners += [row] * c + [len(pairs) + row] * r
+    ids, positions, segments, sources, targets, owners = (
+        torch.tensor(x).to(device) for x in (ids, positions, segments, sources, targets, owners))
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    visible = (causal & ((key == 0) | (key == query)))[:, None]
+    return ids, positions, segments, visible, sources, targets, owners
+
+
+def check_lengths(model, args):
+    """Refuse lengths that the model's positions cannot hold."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    if args.max_prompt_tokens + args.max_response_tokens > limit:
+        fail(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-response-tokens "
+             f"{args.max_response_tokens} exceed the model's {limit} positions; lower one")
+
+
+def autocast(device):
+    """bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def optimizer_step(model, optimizer, lr, what):
+    """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not torch.isfinite(grad_norm):
+        fail(f"{what}: the loss or its gradient is not finite; the weights were not touched. "
+             "Lower --lr, or go on from the last checkpoint with --resume")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm.item()
+
+
+def open_run(args):
+    """Make the run folder and args.json; refuse a finished run, or a started one without --resume."""
+    if os.path.exists(f"{args.out}/final"):
+        fail(f"{args.out} is finished; choose another --out, or remove it")
+    if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
+        fail(f"{args.out} exists; go on with --resume, or choose another --out")
+    os.makedirs(args.out, exist_ok=True)
+    here = os.path.dirname(os.path.abspath(__file__))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    with open(f"{args.out}/args.json", "w") as f:
+        json.dump({"script": os.path.basename(__file__), **vars(args),
+                   "commit": commit.stdout.strip(), "torch": torch.__version__,
+                   "transformers": transformers.__version__,
+                   "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
+                  f, indent=1)
+
+
+def save_checkpoint(path, model, optimizer, step):
+    """Write weights, Adam moments and the step to one safetensors file, swapped in whole.
+
+    Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
+    """
+    tensors = {}
+    for name, weight in model.named_parameters():
+        tensors[f"weight.{name}"] = weight.detach().contiguous()
+        for key, value in optimizer.state[weight].items() if optimizer else ():
+            tensors[f"{key}.{name}"] = value.contiguous()
+    save_file(tensors, path + ".tmp", {"step": str(step)})
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(path, model, optimizer):
+    """Load what `save_checkpoint` wrote, where there is one; returns the steps done so far."""
+    if not os.path.exists(path):
+        return 0
+    with safe_open(path, "pt") as f:
+        for name, weight in model.named_parameters():
+            weight.data.copy_(f.get_tensor(f"weight.{name}"))
+            for key in ("step", "exp_avg", "exp_avg_sq") if optimizer else ():
+                value = f.get_tensor(f"{key}.{name}")
+                optimizer.state[weight][key] = value.to(weight.device)
+        return int(f.metadata()["step"])
+
+
+def cut_jsonl(path, step):
+    """Drop the rows after `step` from a file of {"step": ...} rows, and a half-written line."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
+
+
+def append_jsonl(path, rows):
+    """Append rows to a JSON-lines file."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def save_final(model, tokenizer, out):
+    """Write final/, whole or not at all, and drop the checkpoint."""
+    model.save_pretrained(f"{out}/final.tmp")
+    tokenizer.save_pretrained(f"{out}/final.tmp")
+    os.replace(f"{out}/final.tmp", f"{out}/final")
+    if os.path.exists(f"{out}/checkpoint.safetensors"):
+        os.remove(f"{out}/checkpoint.safetensors")
+
+
+def catch_signals():
+    """After SIGINT or SIGTERM the returned list is not empty: save and stop at the step's end."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(number))
+    return caught
+
+
+def stop_run(number, step, path):
+    """Say where a stopped run was saved and exit with the status of its signal."""
+    print(f"{signal.Signals(number).name}: saved step {step} to {path}; --resume goes on",
+          file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
+# ---- the preference model ------------------------------------------------------------------------
+
+
+def load_preference_model(name, device, trust_remote_code=False, kind=None):
+    """Load (preference model in fp32, tokenizer); `kind` starts one from a language model.
+
+    A saved one is a transformers sequence classifier with one label; its config holds the kind.
+    """
+    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=torch.float32, use_safetensors=True,
+            trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as e:  # many kinds; each means that this model is not to be had
+        fail(f"cannot load a model from {name}: {str(e).strip().splitlines()[0][:200]}")
+    if len(tokenizer) < 2 or tokenizer.eos_token_id is None:
+        fail(f"{name} has no tokenizer with an EOS token; save one beside the model")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeds only "
+             f"{model.get_input_embeddings().num_embeddings}")
+    if kind:
+        model.config.preference_kind = kind
+        torch.nn.init.zeros_(model.score.weight)  # r = 1/2 before the first step
+    elif not hasattr(model.config, "preference_kind"):
+        fail(f"{name} is not a preference model; make one with `reward.py train`")
+    return model.to(device).eval(), tokenizer
+
+
+def preference_logits(model, pairs):
+    """Log-odds (B,) that the first response of each (prompt, first, second) is the better one."""
+    ids, positions, segments, visible, *_ = pack_pairs(pairs, model.device)
+    if model.config.preference_kind == "pairwise":
+        visible = torch.ones_like(visible).tril()  # the second response also sees the first
+    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
+                              use_cache=False).last_hidden_state  # (B, T, D)
+    scores = model.score(hidden).squeeze(-1).float()  # (B, T)
+    return (scores * (segments == 1)).sum(1) - (scores * (segments == 2)).sum(1)
+
+
+def swap(pairs):
+    """The same pairs with the two responses exchanged."""
+    return [(prompt, second, first) for prompt, first, second in pairs]
+
+
+@torch.no_grad()
+def prefer(model, pairs, tokens=8192):
+    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1): y1 is preferred iff above 0.
+
+    pairs: (prompt, y1, y2) token ids; `tokens` bounds a micro-batch. Swapping y1 and y2 flips the
+    sign exactly: no position bias is left.
+    """
+    margins = torch.zeros(len(pairs))
+    for rows in micro_batches(pairs, tokens) if pairs else []:
+        batch = [pairs[i] for i in rows]
+        with autocast(model.device):
+            first = preference_logits(model, batch).sigmoid()
+            if model.config.preference_kind == "pointwise":
+                margins[rows] = (2 * first - 1).cpu()  # r(x, y2, y1) is 1 - r(x, y1, y2)
+            else:
+                margins[rows] = (first - preference_logits(model, swap(batch)).sigmoid()).cpu()
+    return margins
+
+
+@torch.no_grad()
+def check_mask(model, pairs):
+    """Refuse a model whose attention does not take the mask of one row a pair."""
+    kind, model.config.preference_kind = model.config.preference_kind, "pointwise"
+    weight = model.score.weight.data.clone()
+    model.score.weight.data.fill_(1.0)
+    try:
+        alone = [preference_logits(model, [(x, a, [])]) - preference_logits(model, [(x, b, [])])
+                 for x, a, b in pairs[:2]]
+        gap = (preference_logits(model, pairs[:2]) - torch.cat(alone)).abs().max().item()
+    except Exception:  # the model takes no such mask
+        gap = math.inf
+    if gap > 1e-2:
+        fail(f"this backbone's attention does not take one row a pair (gap {gap:.2g}); use another")
+    model.config.preference_kind, model.score.weight.data = kind, weight
+
+
+@torch.no_grad()
+def assess(model, pairs, tokens):
+    """How well the model predicts labelled pairs (prompt, chosen, rejected), and how sure it is.
+
+    Accuracy judges both ways; ece is the expected calibration error of the probability of the
+    preferred side over 10 bins; order_disagreement the share of pairs whose two orders disagree.
+    """
+    first, second = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    for rows in micro_batches(pairs, tokens):
+        batch = [pairs[i] for i in rows]
+        with autocast(model.device):
+            first[rows] = preference_logits(model, batch).sigmoid().cpu()  # r(x, y_w, y_l)
+            second[rows] = preference_logits(model, swap(batch)).sigmoid().cpu()  # r(x, y_l, y_w)
+    chosen = (first + 1 - second) / 2  # probability that the chosen side is better, both ways
+    sure, right = torch.maximum(chosen, 1 - chosen), (chosen > 0.5).float()
+    bins = ((sure - 0.5) * 20).long().clamp(max=9)
+    ece = sum((bins == b).float().mean() * (sure[bins == b].mean() - right[bins == b].mean()).abs()
+              for b in bins.unique())
+    return {"accuracy": right.mean().item(), "ece": float(ece),
+            "order_disagreement": ((first > 0.5) == (second > 0.5)).float().mean().item()}
+
+
+def train(args):
+    """Maximum likelihood on labelled pairs; stops where validation accuracy levels off."""
+    open_run(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_preference_model(args.model, device, args.trust_remote_code, args.kind)
+    check_lengths(model, args)
+    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    held_out = max(1, min(2000, len(pairs) // 20))
+    if args.validation:
+        validation = load_pairs(args.validation, tokenizer, args.max_prompt_tokens,
+                                args.max_response_tokens)
+    elif len(pairs) > held_out:
+        pairs, validation = pairs[:-held_out], pairs[-held_out:]
+    else:
+        fail(f"{args.data}: one pair cannot be split into training and validation")
+    check_mask(model, pairs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    save_path, best_path = f"{args.out}/checkpoint.safetensors", f"{args.out}/best.safetensors"
+    start = load_checkpoint(save_path, model, optimizer)
+    cut_jsonl(f"{args.out}/metrics.jsonl", start)
+    history = [row["validation/accuracy"] for _, row in read_jsonl(f"{args.out}/metrics.jsonl")
+               if "validation/accuracy" in row]
+    caught, quiet = catch_signals(), not sys.stderr.isatty()
+    bar = tqdm(range(start, args.steps), "reward", args.steps, initial=start, disable=quiet)
+    for step in bar:
+        done, began = step + 1, time.perf_counter()
+        rows = batch_rows(step, len(pairs), args.batch_size, "shuffled", 0, args.seed)
+        coin = torch.Generator().manual_seed(1_000_003 * args.seed + step)
+        flip = torch.randint(2, (len(rows),), generator=coin).tolist()
+        batch = [swap([pairs[i]])[0] if f else pairs[i] for i, f in zip(rows, flip, strict=True)]
+        loss, right = 0.0, 0
+        for group in micro_batches(batch, args.tokens_per_microbatch):
+            sign = torch.tensor([1.0 - 2 * flip[i] for i in group], device=device)
+            with autocast(device):
+                logits = sign * preference_logits(model, [batch[i] for i in group])
+            nll = F.softplus(-logits).sum() / len(batch)  # - log r of the right order
+            nll.backward()
+            loss, right = loss + nll.item(), right + (logits > 0).sum().item()
+        lr = args.lr * min(1.0, done / max(args.warmup, 1))
+        grad_norm = optimizer_step(model, optimizer, lr, f"step {done}, rows {rows}")
+        tokens = sum(map(len, sum(batch, ())))
+        metrics = {"step": done, "loss": loss, "accuracy": right / len(batch), "grad_norm": grad_norm,
+                   "lr": lr, "tokens_per_s": round(tokens / (time.perf_counter() - began))}
+        if done % args.eval_every == 0 or done == args.steps:
+            found = assess(model, validation, args.tokens_per_microbatch)
+            metrics.update({f"validation/{k}": v for k, v in found.items()})
+            if found["accuracy"] > max(history, default=-1):
+                save_checkpoint(best_path, model, None, done)
+            history.append(found["accuracy"])
+        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
+        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "accuracy", "validation/accuracy",
+                                                         "tokens_per_s") if k in metrics})
+        if caught or (done % args.save_every == 0 and done < args.steps):
+            save_checkpoint(save_path, model, optimizer, done)
+        if caught:
+            stop_run(caught[0], done, save_path)
+        if history and history[::-1].index(max(history)) >= args.patience:
+            break  # it has levelled off
+    best = load_checkpoint(best_path, model, None)
+    found = {"step": best, **assess(model, validation, args.tokens_per_microbatch)}
+    found["train_accuracy"] = assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"]
+    save_final(model, tokenizer, args.out)
+    os.remove(best_path)
+    with open(f"{args.out}/final/assessment.json", "w") as f:
+        json.dump(found, f, indent=1)
+    print(f"{args.out}: {args.kind}, best at step {best} of {done}: validation accuracy "
+          f"{found['accuracy']:.3f} (train {found['train_accuracy']:.3f}), ECE {found['ece']:.3f}, "
+          f"the two orders disagree on {found['order_disagreement']:.1%}")
+
+
+def label(args):
+    """Write the pairs with chosen and rejected as the model prefers them; report the flips."""
+    if os.path.exists(args.out):
+        fail(f"{args.out} exists; choose another --out, or remove it")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_preference_model(args.model, device, args.trust_remote_code)
+    check_lengths(model, args)
+    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    margins, chunk = [], 4096
+    for i in tqdm(range(0, len(pairs), chunk), "label", disable=not sys.stderr.isatty()):
+        margins += prefer(model, pairs[i:i + chunk], args.tokens_per_microbatch).tolist()
+    flips, ties = sum(m < 0 for m in margins), sum(m == 0 for m in margins)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    with open(args.out + ".tmp", "w", encoding="utf-8") as f:
+        for (_, row), margin in zip(read_jsonl(args.data), margins, strict=True):
+            sides = ("chosen_ids", "rejected_ids") if "chosen_ids" in row else ("chosen", "rejected")
+            if margin < 0:
+                row.update(zip(sides, (row[sides[1]], row[sides[0]]), strict=True))
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(args.out + ".tmp", args.out)
+    print(f"{args.out}: {len(pairs):,} pairs, {flips:,} labels flipped ({flips / len(pairs):.1%}), "
+          f"{ties:,} ties kept")
+
+
+def main(args):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    train(args) if args.command == "train" else label(args)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,406 @@
+"""Preference data as JSON lines of {"prompt", "chosen", "rejected"}: the paper's tasks, your own file, or a toy.
+
+    python tasks.py toy                                      # built in: no network, a minute
+    python tasks.py helpful                                  # from the hub
+    python tasks.py helpful --file test.jsonl.gz --scratch   # a local copy, and a small base model
+    python tasks.py file --file my_pairs.jsonl
+
+Writes `initial.jsonl` (the paper's D_initial) to --out. `toy` also writes `validation.jsonl` (pairs
+labelled without noise) and `base/`, a tiny random Llama with its tokenizer; for real data --scratch
+makes such a base. Every dropped row is counted by its reason. Shapes are told apart by their keys.
+
+MIT licence. Next: sft.py.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import math
+import os
+import random
+import re
+import sys
+from collections import Counter
+
+HUB = {  # name: (data set, file or None where the hub holds parquet alone)
+    "tldr": ("openai/summarize_from_feedback", None),
+    "helpful": ("Anthropic/hh-rlhf", "helpful-base/train.jsonl.gz"),
+    "harmless": ("Anthropic/hh-rlhf", "harmless-base/train.jsonl.gz"),
+    "arena": ("lmarena-ai/arena-human-preference-55k", "train.csv"),
+}
+CHAT_TEMPLATE = (  # for --scratch bases: the transcript form of Anthropic's data
+    "{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' "
+    "if m['role'] == 'assistant' else '\n\nSystem: ' }}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("name", choices=["toy", *HUB, "file"], help="which preference data to make")
+    p.add_argument("--file", help="read this local copy (jsonl, jsonl.gz, csv) instead of the hub")
+    p.add_argument("--out", help="folder to write (default: data/NAME)")
+    p.add_argument("--pairs", type=int, help="at most this many pairs (toy: 64000 by default)")
+    p.add_argument("--text", action="store_true",
+                   help="write messages as Human/Assistant text, for models without a chat template")
+    p.add_argument("--scratch", action="store_true",
+                   help="also make base/: a byte-level BPE tokenizer and a random Llama")
+    p.add_argument("--width", type=int, help="hidden size of base/ (default: toy 64, scratch 256)")
+    p.add_argument("--layers", type=int, help="layers of base/ (default: toy 2, scratch 4)")
+    p.add_argument("--vocab", type=int, default=8000, help="vocabulary of a --scratch base")
+    p.add_argument("--seed", type=int, default=0, help="seed of toy data and of base/")
+    return p.parse_args(argv)
+
+
+def fail(message):
+    """Print one line on stderr and exit with status 2: the user's input is at fault."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- the toy language: everything visible, nothing downloaded ------------------------------------
+
+MOODS = {  # mood: adjectives, verbs, adverbs
+    "happy": ("merry jolly cheerful bright sunny playful", "danced sang laughed skipped twirled "
+              "clapped", "gladly brightly joyfully warmly"),
+    "sad": ("gloomy lonely tearful weary mournful grey", "wept sighed moped sobbed drooped grieved",
+            "sadly bitterly heavily quietly"),
+    "angry": ("furious grumpy fierce cross bitter stormy", "growled stamped shouted snarled raged "
+              "hissed", "angrily loudly sharply wildly"),
+    "sleepy": ("drowsy tired dreamy cosy yawning lazy", "napped dozed snored rested yawned slept",
+               "softly slowly deeply gently"),
+    "brave": ("bold daring valiant mighty fearless proud", "charged climbed leapt fought marched "
+              "explored", "boldly proudly firmly bravely"),
+}
+MOODS = {mood: [part.split() for part in parts] for mood, parts in MOODS.items()}
+ANIMALS = "fox bear owl hare cat wolf duck goat mouse horse frog crow".split()
+PLACES = ["in the forest", "by the river", "on the hill", "at the market", "under the bridge",
+          "near the mill", "behind the barn", "inside the cave"]
+NUMBERS = {"two": 2, "three": 3, "four": 4}
+MOOD_OF = {word: mood for mood, parts in MOODS.items() for part in parts for word in part}
+ADJECTIVES, VERBS, ADVERBS = ({w for parts in MOODS.values() for w in parts[i]} for i in range(3))
+SENTENCE = re.compile(
+    rf"the (?:(?:{'|'.join(sorted(ADJECTIVES))}) )?(?:{'|'.join(ANIMALS)}) "
+    rf"(?:{'|'.join(sorted(VERBS))})(?: and (?:{'|'.join(sorted(VERBS))}))?"
+    rf"(?: (?:{'|'.join(sorted(ADVERBS))}))?(?: (?:{'|'.join(PLACES)}))?")
+
+
+def toy_prompt(rng):
+    """Ask for some sentences of a mood about an animal, in one of 16 phrasings."""
+    ask = rng.choice(["write", "tell me", "give me", "say"])
+    number, mood, animal = rng.choice(list(NUMBERS)), rng.choice(list(MOODS)), rng.choice(ANIMALS)
+    noun, end = rng.choice(["sentences", "lines"]), rng.choice(["", " please"])
+    return f"{ask} {number} {mood} {noun} about a {animal}{end}:"
+
+
+def toy_response(prompt, skill, rng):
+    """Two to four sentences by a writer of `skill` in [0, 1]: how often each wish is met."""
+    number, mood, animal = re.search(r"(\w+) (\w+) (?:sentences|lines) about a (\w+)", prompt).groups()
+    count = NUMBERS[number] if rng.random() < 0.4 + 0.6 * skill else rng.choice([2, 3, 4])
+    home, used, sentences = rng.choice(PLACES), set(), []
+
+    def pick(part):
+        while True:
+            of = mood if rng.random() < 0.1 + 0.7 * skill else rng.choice(list(MOODS))
+            word = rng.choice(MOODS[of][part])
+            if word not in used or rng.random() < 0.5 * (1 - skill):
+                used.add(word)
+                return word
+
+    for _ in range(count):
+        words = ["the"] + ([pick(0)] if rng.random() < 0.75 else [])
+        words.append(animal if rng.random() < 0.4 + 0.6 * skill else rng.choice(ANIMALS))
+        words.append(pick(1))
+        if rng.random() < 0.4:
+            words += ["and", pick(1)]
+        if rng.random() < 0.5:
+            words.append(pick(2))
+        if rng.random() < 0.45:
+            words.append(home if rng.random() < 0.2 + 0.8 * skill else rng.choice(PLACES))
+        sentences.append(" ".join(words) + ".")
+    return " ".join(sentences)
+
+
+def utility(prompt, response):
+    """The hidden human utility of a toy response, a pure function of two strings; about -5 to 5.
+
+    U = 3 * (share of mood words that fit the asked mood) + 2 * (share of sentences about the asked
+    animal) - 1 for every place after the first - 0.5 for every repeated mood word
+    - 1 for every sentence too many or too few - 1 for every sentence the grammar does not know.
+    """
+    number, mood, animal = re.search(r"(\w+) (\w+) (?:sentences|lines) about a (\w+)", prompt).groups()
+    sentences = [s.strip() for s in response.split(".") if s.strip()]
+    if not sentences:
+        return -5.0
+    words = [w for s in sentences for w in s.split()]
+    moods = [w for w in words if w in MOOD_OF]
+    fit = sum(MOOD_OF[w] == mood for w in moods) / max(len(moods), 1)
+    focus = sum(set(s.split()) & set(ANIMALS) == {animal} for s in sentences) / len(sentences)
+    places = sum(place in response for place in PLACES)
+    malformed = sum(not SENTENCE.fullmatch(s) for s in sentences)
+    return (3 * fit + 2 * focus - max(places - 1, 0) - 0.5 * (len(moods) - len(set(moods)))
+            - abs(len(sentences) - NUMBERS[number]) - malformed)
+
+
+def toy_pairs(count, seed, noise):
+    """Pairs by two writers of random skill; a person picks a over b with chance
+    sigmoid((U_a - U_b) / noise) (Bradley-Terry), or the one of higher U where noise is 0."""
+    rng = random.Random(f"toy-{seed}")
+    pairs = []
+    while len(pairs) < count:
+        prompt = toy_prompt(rng)
+        a, b = (toy_response(prompt, rng.random(), rng) for _ in range(2))
+        gap = utility(prompt, a) - utility(prompt, b)
+        if a == b or (noise == 0 and gap == 0):
+            continue
+        a_wins = rng.random() < 1 / (1 + math.exp(-gap / noise)) if noise else gap > 0
+        pairs.append({"prompt": prompt, "chosen": a if a_wins else b,
+                      "rejected": b if a_wins else a})
+    return pairs
+
+
+TOY_NOISE = 0.5  # in units of U: two such people agree on 83% of the pairs
+
+
+# ---- real data: one function a shape; each returns a pair or raises Drop -------------------------
+
+
+class Drop(Exception):
+    """A row that carries no usable preference; the message is its reason, as counted."""
+
+
+def from_transcripts(row):
+    """Anthropic/hh-rlhf: two whole transcripts; the prompt ends with the last "\\n\\nAssistant:"."""
+    mark = "\n\nAssistant:"
+    (prompt, chosen), (other, rejected) = (
+        (text[: cut + len(mark)], text[cut + len(mark):])
+        for text in (row["chosen"], row["rejected"]) for cut in [text.rfind(mark)])
+    if prompt != other or mark not in prompt:
+        raise Drop("sides part before the last turn")
+    if "\n\nHuman:" in chosen + rejected:
+        raise Drop("a human turn inside the answer")
+    return prompt, chosen, rejected
+
+
+def from_messages(row):
+    """Whole conversations as message lists (ultrafeedback): the prompt is all but the last turn."""
+    if row["chosen"][:-1] != row["rejected"][:-1]:
+        raise Drop("sides part before the last turn")
+    return row["chosen"][:-1], row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+
+
+def from_pair(row):
+    """Explicit prompt, chosen, rejected; a reply may be text or a list of one message."""
+    return row["prompt"], *(
+        side if side is None or isinstance(side, str) else side[0]["content"]
+        for side in (row["chosen"], row["rejected"]))
+
+
+def from_comparison(row):
+    """openai/summarize_from_feedback: a Reddit post with two summaries and a choice."""
+    info = row["info"]
+    if not info.get("post"):
+        raise Drop("not a Reddit post")
+    prompt = (f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\n"
+              f"POST: {info['post']}\n\nTL;DR:")
+    texts = [s["text"] and " " + s["text"].strip() for s in row["summaries"]]
+    return prompt, texts[row["choice"]], texts[1 - row["choice"]]
+
+
+def from_arena_conversations(row):
+    """lmsys/chatbot_arena_conversations: two conversations, a winner, a language."""
+    if row["language"] != "English":
+        raise Drop("other language")
+    if row["winner"] not in ("model_a", "model_b"):
+        raise Drop("tie")
+    sides = [row["conversation_a"], row["conversation_b"]]
+    if row["winner"] == "model_b":
+        sides.reverse()
+    return from_messages({"chosen": sides[0], "rejected": sides[1]})
+
+
+def from_arena_55k(row):
+    """lmarena-ai/arena-human-preference-55k: JSON-encoded turns a side, 0/1 winner columns."""
+    if row["winner_tie"] == "1":
+        raise Drop("tie")
+    users, a, b = (json.loads(row[k]) for k in ("prompt", "response_a", "response_b"))
+    sides = [[message for user, reply in zip(users, side, strict=True)
+              for message in ({"role": "user", "content": user},
+                              {"role": "assistant", "content": reply})] for side in (a, b)]
+    if row["winner_model_b"] == "1":
+        sides.reverse()
+    return from_messages({"chosen": sides[0], "rejected": sides[1]})
+
+
+def convert(row, name, as_text):
+    """Bring one raw row of any known shape to (prompt, chosen, rejected), or raise Drop."""
+    if "winner_model_a" in row:
+        prompt, chosen, rejected = from_arena_55k(row)
+    elif "conversation_a" in row:
+        prompt, chosen, rejected = from_arena_conversations(row)
+    elif "summaries" in row:
+        prompt, chosen, rejected = from_comparison(row)
+    elif "prompt" in row:
+        prompt, chosen, rejected = from_pair(row)
+    elif isinstance(row["chosen"], list):
+        prompt, chosen, rejected = from_messages(row)
+    else:
+        prompt, chosen, rejected = from_transcripts(row)
+    if None in (prompt, chosen, rejected) or (
+            isinstance(prompt, list) and any(m["content"] is None for m in prompt)):
+        raise Drop("null")
+    if not chosen.strip() or not rejected.strip():
+        raise Drop("empty answer")
+    if chosen == rejected:
+        raise Drop("equal sides")
+    if as_text and isinstance(prompt, list):
+        names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+        prompt = "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt)
+        prompt += "\n\nAssistant:"
+        chosen, rejected = f" {chosen.strip()}", f" {rejected.strip()}"
+    return prompt, chosen, rejected
+
+
+def raw_rows(path):
+    """Yield (line number, row) of a jsonl, jsonl.gz or csv file; a malformed line is an error."""
+    opener = gzip.open if path.endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as f:
+            if path.endswith(".csv"):
+                csv.field_size_limit(2**31 - 1)
+                yield from enumerate(csv.DictReader(f), 2)
+                return
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        fail(f"{path}:{number}: expected a JSON object, found {line[:40].strip()!r}")
+                    yield number, row
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror or e}; check --file")
+    except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
+        fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
+
+
+def hub_rows(name):
+    """Yield (row number, row) of a hub data set: its own file, or parquet through `datasets`."""
+    repo, file = HUB[name]
+    if file:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = hf_hub_download(repo, file, repo_type="dataset")
+        except Exception as e:  # the hub's many errors all mean: not to be had from here
+            fail(f"cannot download {repo}/{file} ({type(e).__name__}); pass a local copy by --file")
+        yield from raw_rows(path)
+        return
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        fail(f"{repo} is parquet on the hub: `pip install datasets`, or pass a local copy by --file")
+    try:
+        data = load_dataset(repo, "comparisons", revision="refs/convert/parquet", split="train")
+    except Exception as e:
+        fail(f"cannot download {repo} ({type(e).__name__}); pass a local copy by --file")
+    yield from enumerate(data, 1)
+
+
+def real_pairs(name, file, limit, as_text):
+    """Read real preference data; returns (pairs, Counter of drop reasons)."""
+    pairs, dropped = [], Counter()
+    for number, row in raw_rows(file) if file else hub_rows(name):
+        try:
+            prompt, chosen, rejected = convert(row, name, as_text)
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        except Drop as reason:
+            dropped[str(reason)] += 1
+        except KeyError as key:
+            fail(f"{file or name}:{number}: missing key {key}; found {sorted(map(str, row))}")
+        except (TypeError, ValueError, AttributeError, IndexError) as e:
+            fail(f"{file or name}:{number}: a row of unknown shape ({e})")
+        if limit and len(pairs) == limit:
+            break
+    return pairs, dropped
+
+
+# ---- base models ---------------------------------------------------------------------------------
+
+
+def make_base(texts, out, width, layers, vocab, seed, words):
+    """Write a random Llama of `width` and `layers` with a tokenizer made from `texts` to `out`.
+
+    `words`: one token a word (the toy language); else byte-level BPE of at most `vocab` tokens.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<eos>"]
+    if words:
+        known = sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]", t)})
+        core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(specials + ["<unk>"] + known)},
+                                          unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+        core.decoder = decoders.WordPiece()  # joins words, no space before a full stop
+    else:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        core.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab, special_tokens=specials, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>",
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+        num_hidden_layers=layers, num_attention_heads=max(width // 64, 4),
+        max_position_embeddings=2048, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1))
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{out}: a random Llama, {size:,} parameters, {len(tokenizer):,} tokens")
+
+
+def write_jsonl(path, rows):
+    """Write rows to a temporary name, then rename: a reader never sees half a file."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def main(args):
+    out = args.out or os.path.join("data", args.name)
+    if args.name == "file" and not args.file:
+        fail("`tasks.py file` needs --file PAIRS.jsonl")
+    if os.path.exists(os.path.join(out, "initial.jsonl")):
+        fail(f"{out}/initial.jsonl exists; choose another --out or remove it")
+    if args.name == "toy":
+        pairs = toy_pairs(args.pairs or 64_000, args.seed, TOY_NOISE)
+        os.makedirs(out, exist_ok=True)
+        write_jsonl(f"{out}/validation.jsonl", toy_pairs(2_000, f"{args.seed}-validation", 0))
+    else:
+        pairs, dropped = real_pairs(args.name, args.file, args.pairs, args.text)
+        if dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+            print(f"dropped {sum(dropped.values()):,} rows: {reasons}")
+        if not pairs:
+            fail(f"{args.file or args.name}: no usable pair is left")
+    os.makedirs(out, exist_ok=True)
+    if args.name == "toy" or args.scratch:
+        texts = [t if isinstance(t, str) else "".join(f"\n\nHuman: {m['content']}" for m in t)
+                 for pair in pairs for t in pair.values()]
+        make_base(texts, f"{out}/base", args.width or (64 if args.name == "toy" else 256),
+                  args.layers or (2 if args.name == "toy" else 4), args.vocab, args.seed,
+                  words=args.name == "toy")
+    write_jsonl(f"{out}/initial.jsonl", pairs)
+    print(f"{out}/initial.jsonl: {len(pairs):,} pairs")
+
+
+if __name__ == "__main__":
+    main(parse_args())
