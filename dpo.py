@@ -13,6 +13,7 @@ MIT licence. `diff dpo.py ipo.py` shows another loss, `diff dpo.py online_rlhf.p
 """
 
 import argparse
+import copy
 import gzip
 import json
 import os
@@ -52,7 +53,7 @@ def parse_args(argv=None):
     p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
     p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
-    p.add_argument("--eval-data", help="pairs to judge the policy on as a classifier")
+    p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between gold evaluations")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -326,21 +327,24 @@ def reference_logps(model, logps_of, pairs, tokens):
 def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
     """Accumulate the gradient of the batch's mean loss, micro-batch by micro-batch.
 
-    Returns the field's metrics; implicit rewards are beta * (logps - ref_logps).
+    Returns the field's metrics. Implicit rewards are beta * (logps - ref_logps); Bo2 has none.
     """
     losses, logps = torch.zeros(len(pairs)), torch.zeros(2, len(pairs))
     for rows in micro_batches(pairs, tokens):
         with autocast(policy.device):
             batch_logps = logps_of(policy, [pairs[i] for i in rows])
-        loss = loss_fn(batch_logps, ref_logps[:, rows].to(policy.device))
+        loss = loss_fn(batch_logps, ref_logps[:, rows].to(policy.device))  # (b,)
         (loss.sum() / len(pairs)).backward()
         losses[rows], logps[:, rows] = loss.detach().cpu(), batch_logps.detach().cpu()
-    chosen, rejected = beta * (logps - ref_logps)
-    return {"loss": losses.mean().item(),
-            "rewards/chosen": chosen.mean().item(), "rewards/rejected": rejected.mean().item(),
-            "rewards/margins": (chosen - rejected).mean().item(),
-            "rewards/accuracies": (chosen > rejected).float().mean().item(),
-            "logps/chosen": logps[0].mean().item(), "logps/rejected": logps[1].mean().item()}
+    metrics = {"loss": losses.mean().item(), "logps/chosen": logps[0].mean().item()}
+    if beta is not None:
+        chosen, rejected = beta * (logps - ref_logps)
+        metrics |= {"logps/rejected": logps[1].mean().item(),
+                    "rewards/chosen": chosen.mean().item(),
+                    "rewards/rejected": rejected.mean().item(),
+                    "rewards/margins": (chosen - rejected).mean().item(),
+                    "rewards/accuracies": (chosen > rejected).float().mean().item()}
+    return metrics
 
 
 def optimizer_step(model, optimizer, lr, what):
@@ -457,7 +461,8 @@ def main(args):
     judge = None
     if args.gold:
         import gold_eval
-        judge = gold_eval.load_judge(args, policy, tokenizer)
+        judge = gold_eval.load_judge(args, args.eval_data or args.data, copy.deepcopy(policy),
+                                     tokenizer, logps_of)
     batch = partial(batch_rows, rows=len(pairs), batch_size=args.batch_size, order=args.order,
                     shuffle_window=args.shuffle_window, seed=args.seed)
     quiet = not sys.stderr.isatty()

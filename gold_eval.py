@@ -20,7 +20,6 @@ MIT licence. Shared: `load_judge` and `evaluate` are what the training scripts c
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -38,8 +37,8 @@ from reward import (
     autocast,
     check_lengths,
     fail,
+    load_labeller,
     load_pairs,
-    load_preference_model,
     micro_batches,
     pack_pairs,
     prefer,
@@ -301,17 +300,8 @@ def batch_logps(model, logps_of, pairs, tokens):
     return logps
 
 
-def load_gold(name, tokenizer, device, trust_remote_code):
-    """Load a preference model that reads the policy's token ids as they are."""
-    gold, own = load_preference_model(name, device, trust_remote_code)
-    if own.get_vocab() != tokenizer.get_vocab():
-        fail(f"{name} has another tokenizer than the policy; token ids go to it as they are, so "
-             "train it from a model of the same family")
-    return gold
-
-
-def load_judge(args, reference, tokenizer, logps_of=None):
-    """Read --gold, --baseline and the pairs of --eval-data (or --data); keep a copy of `reference`.
+def load_judge(args, data, reference, tokenizer, logps_of=None):
+    """Read --gold, --baseline and the pairs of `data`; `reference` must not change from here on.
 
     `args` also gives max_prompt_tokens, max_response_tokens, tokens_per_microbatch and seed.
     """
@@ -324,12 +314,10 @@ def load_judge(args, reference, tokenizer, logps_of=None):
                  "write the file with `gold_eval.py sample`")
     if not rows:
         fail(f"{args.baseline}: no responses in it")
-    gold = load_gold(args.gold, tokenizer, reference.device, args.trust_remote_code)
-    pairs = load_pairs(getattr(args, "eval_data", None) or args.data, tokenizer,
-                       args.max_prompt_tokens, args.max_response_tokens)
+    gold = load_labeller(args.gold, tokenizer, reference.device, args.trust_remote_code)
+    pairs = load_pairs(data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:KL_PROMPTS]
     pairs = [pairs[i] for i in pick.tolist()]
-    reference = copy.deepcopy(reference).requires_grad_(False)
     logps_of = logps_of or choose_logps(reference, pairs)
     ref_logps = batch_logps(reference, logps_of, pairs, args.tokens_per_microbatch)
     return Judge(gold, reference, logps_of, tokenizer, [row["prompt_ids"] for _, row in rows],
@@ -398,7 +386,7 @@ def write_samples(args, policy, tokenizer, device):
     if not args.gold:
         fail("--other needs --gold, which labels the pairs")
     other, own = load_policy(args.other, args.trust_remote_code, device)
-    gold = load_gold(args.gold, tokenizer, device, args.trust_remote_code)
+    gold = load_labeller(args.gold, tokenizer, device, args.trust_remote_code)
     if own.get_vocab() != tokenizer.get_vocab():
         fail(f"{args.other} has another tokenizer than {args.model}")
     pairs = list(zip(prompts, responses, draw(other, prompts), strict=True))
@@ -423,7 +411,7 @@ def main(args):
         reference, own = load_policy(args.reference, args.trust_remote_code, device)
         if own.get_vocab() != tokenizer.get_vocab():
             fail(f"{args.reference} has another tokenizer than {args.model}")
-        metrics, samples = evaluate(policy, load_judge(args, reference, tokenizer))
+        metrics, samples = evaluate(policy, load_judge(args, args.data, reference, tokenizer))
         rows = [metrics]
         for s in samples[:2]:
             print(f"> {s['prompt'].strip()}\n  {s['response'].strip()}")

@@ -347,6 +347,15 @@ def load_preference_model(name, device, trust_remote_code=False, kind=None):
     return model.to(device).eval(), tokenizer
 
 
+def load_labeller(name, tokenizer, device, trust_remote_code):
+    """Load a trained preference model that reads a policy's token ids as they are."""
+    model, own = load_preference_model(name, device, trust_remote_code)
+    if own.get_vocab() != tokenizer.get_vocab():
+        fail(f"{name} has another tokenizer than the policy; token ids go to it as they are, so "
+             "train it from a model of the same family")
+    return model
+
+
 def preference_logits(model, pairs):
     """Log-odds (B,) that the first response of each (prompt, first, second) is the better one."""
     ids, positions, segments, visible, *_ = pack_pairs(pairs, model.device)

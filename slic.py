@@ -1,0 +1,514 @@
+"""Sequence Likelihood Calibration (SLiC, arXiv:2305.10425): learn from preference pairs, offline.
+
+    loss = max(0, 1 - beta h),
+    h = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]
+
+    python slic.py --model runs/toy/sft --data data/toy/golden.jsonl --out runs/toy/slic
+
+This is the form with a reference (GPO, arXiv:2402.05749). SLiC-HF as published is --no-reference
+with --sft-weight, which adds -weight * log pi(y_w|x). Copy this file anywhere: it imports nothing of ours (gold_eval.py only with --gold). The reference
+is the policy as it was at the start; log-probs are summed over response tokens, EOS included.
+Dropout stays off. Shapes: B pairs, T tokens a row, N response tokens, V vocabulary.
+
+MIT licence. `diff slic.py dpo.py` shows another loss, `diff slic.py online_rlhf.py` on-policy data.
+"""
+
+import argparse
+import copy
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--model", required=True, help="start and reference: run folder, folder or hub")
+    p.add_argument("--data", required=True, help="pairs, or a stream of token ids (jsonl[.gz])")
+    p.add_argument("--out", required=True, help="run folder to write")
+    p.add_argument("--steps", type=int, default=4000, help="gradient steps")
+    p.add_argument("--batch-size", type=int, default=32, help="prompts (one pair each) a step")
+    p.add_argument("--lr", type=float, default=1e-5, help="learning rate, constant after warm-up")
+    p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
+    p.add_argument("--beta", type=float, default=0.1, help="larger keeps closer to the reference")
+    p.add_argument("--sft-weight", type=float, default=0.0, help="of the cross-entropy on chosen")
+    p.add_argument("--no-reference", action="store_true", help="log-probs in place of log-ratios")
+    p.add_argument("--order", choices=["shuffled", "kept"], default="shuffled",
+                   help="order of the rows of --data")
+    p.add_argument("--shuffle-window", type=int, default=0,
+                   help="shuffle within windows of this many batches (0: the whole file, 1: kept)")
+    p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
+    p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
+    p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
+    p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
+    p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
+    p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
+    p.add_argument("--eval-every", type=int, default=100, help="steps between gold evaluations")
+    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    p.add_argument("--seed", type=int, default=0, help="seed of the data order")
+    p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
+    return p.parse_args(argv)
+
+
+def fail(message):
+    """Print one line on stderr and exit with status 2: the user's input is at fault."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def read_jsonl(path):
+    """Yield (line number, object) of a .jsonl or .jsonl.gz file; what is malformed is an error."""
+    number = 0
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        fail(f"{path}:{number}: not a JSON object: {line.strip()[:40]!r}")
+                    yield number, row
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror or e}")
+    except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
+        fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
+
+
+def prompt_text(prompt, tokenizer, where):
+    """The prompt as one string; messages go through the tokenizer's chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    if not tokenizer.chat_template:
+        fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
+             "use a chat model, or write text (tasks.py --text)")
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+
+def load_pairs(path, tokenizer, max_prompt, max_response):
+    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+
+    Prompt and response are tokenised apart; BOS at most once, EOS exactly once. Over-long prompts
+    lose tokens on the left, over-long responses on the right (and so their EOS): counted, printed.
+    Rows of a stream ("prompt_ids", ...) are kept as they are.
+    """
+    texts, streamed, bos, eos = [], [], tokenizer.bos_token_id, tokenizer.eos_token_id
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        try:
+            if "prompt_ids" in row:
+                streamed.append((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))
+            else:
+                texts.append((prompt_text(row["prompt"], tokenizer, where), *(
+                    side if isinstance(side, str) else side[-1]["content"]
+                    for side in (row["chosen"], row["rejected"]))))
+                if not all(isinstance(text, str) for text in texts[-1]):
+                    raise TypeError
+        except KeyError as key:
+            fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
+        except (TypeError, IndexError):
+            fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages")
+    if streamed and texts or not (streamed or texts):
+        fail(f"{path}: " + ("text pairs and token ids are mixed" if texts else "no pairs in it"))
+    if streamed:
+        return streamed
+    ids = tokenizer([text for pair in texts for text in pair], add_special_tokens=False).input_ids
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    pairs, cut_prompts, cut_responses = [], 0, 0
+    for prompt, *responses in zip(ids[::3], ids[1::3], ids[2::3], strict=True):
+        start = [bos] if adds_bos or prompt[:1] == [bos] else []
+        prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
+        room = max_prompt - len(start)
+        cut_prompts += len(prompt) > room
+        prompt = start + prompt[max(len(prompt) - room, 0):] or [eos]  # something must come first
+        responses = [[i for i in response if i != eos] + [eos] for response in responses]
+        cut_responses += sum(len(response) > max_response for response in responses)
+        pairs.append((prompt, *(response[:max_response] for response in responses)))
+    print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
+          f"{cut_responses:,} responses on the right")
+    return pairs
+
+
+@lru_cache(maxsize=2)
+def epoch_order(epoch, rows, window, seed):
+    """Row order of an epoch, shuffled within windows of `window` rows (1: the order is kept)."""
+    if window == 1:
+        return list(range(rows))
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return [start + i for start in range(0, rows, window)
+            for i in torch.randperm(min(window, rows - start), generator=generator).tolist()]
+
+
+def batch_rows(step, rows, batch_size, order, shuffle_window, seed):
+    """Row numbers of batch `step` (from 0): epochs follow each other, no row is left out."""
+    window = shuffle_window * batch_size or rows
+    window = 1 if order == "kept" or shuffle_window == 1 else min(window, rows)
+    return [epoch_order(i // rows, rows, window, seed)[i % rows]
+            for i in range(step * batch_size, (step + 1) * batch_size)]
+
+
+def micro_batches(pairs, tokens):
+    """Lists of the batch's indices: similar lengths, at most `tokens` padded tokens in each."""
+    groups, group = [], []
+    for i in sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))):
+        if group and (len(group) + 1) * sum(map(len, pairs[i])) > tokens:
+            groups.append(group)
+            group = []
+        group.append(i)
+    return [*groups, group]
+
+
+def pack_pairs(pairs, device):
+    """Lay out B pairs as B rows: the prompt once, both responses behind it.
+
+        tokens    p p p | c c c | r r | .     right-padded to T
+        segment   0 0 0 | 1 1 1 | 2 2 | 3
+        position  0 1 2 | 3 4 5 | 3 4 | 0     the rejected response restarts at the prompt's end
+        source        * | * *   | *           predicts the next token (the last p predicts two)
+
+    A token sees the prompt and its own segment up to itself: each response stands as if alone.
+    Returns (ids (B, T), positions (B, T), segments (B, T), visible (B, 1, T, T),
+    sources, targets, owners (N,)): source is an index into B*T, owner into 2*B, chosen first.
+    """
+    width = max(sum(map(len, pair)) for pair in pairs)
+    ids, positions, segments, sources, targets, owners = [], [], [], [], [], []
+    for row, (prompt, chosen, rejected) in enumerate(pairs):
+        p, c, r = len(prompt), len(chosen), len(rejected)
+        pad = width - p - c - r
+        ids.append(prompt + chosen + rejected + [0] * pad)
+        positions.append([*range(p + c), *range(p, p + r), *[0] * pad])
+        segments.append([0] * p + [1] * c + [2] * r + [3] * pad)
+        last = row * width + p - 1  # the prompt's last token
+        sources += [*range(last, last + c), *[last][:r], *range(last + c + 1, last + c + r)]
+        targets += chosen + rejected
+        owners += [row] * c + [len(pairs) + row] * r
+    ids, positions, segments, sources, targets, owners = (
+        torch.tensor(x).to(device) for x in (ids, positions, segments, sources, targets, owners))
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    visible = (causal & ((key == 0) | (key == query)))[:, None]
+    return ids, positions, segments, visible, sources, targets, owners
+
+
+# ---- model, log-probs, loss ----------------------------------------------------------------------
+
+
+def load_policy(name, trust_remote_code, device):
+    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub."""
+    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code)
+    except Exception as e:  # many kinds; each means that this model is not to be had
+        fail(f"cannot load a model from {name}: {str(e).strip().splitlines()[0][:200]}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        known = len(tokenizer)
+    except Exception:
+        known = 0
+    if known < 2:
+        fail(f"{name} has no tokenizer; save one beside the model (tokenizer.save_pretrained)")
+    if known > model.get_input_embeddings().num_embeddings:
+        fail(f"{name}: the tokenizer has {known} tokens, the model embeds only "
+             f"{model.get_input_embeddings().num_embeddings}")
+    if tokenizer.eos_token_id is None:
+        fail(f"{name}: the tokenizer has no EOS token; set tokenizer.eos_token and save it")
+    return model.to(device).eval(), tokenizer
+
+
+def check_lengths(model, args):
+    """Refuse lengths that the model's positions cannot hold."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    if args.max_prompt_tokens + args.max_response_tokens > limit:
+        fail(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-response-tokens "
+             f"{args.max_response_tokens} exceed the model's {limit} positions; lower one")
+
+
+LOGITS_AT_ONCE = 1 << 24  # logits of one chunk: 64 MB in fp32, whatever the vocabulary
+
+
+def token_logps(head, hidden, targets):
+    """Log-probs (n,) of `targets` (n,) under `head` of `hidden` (n, D), in fp32."""
+    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def response_hidden(model, packed):
+    """Last hidden states (N, D) of packed pairs where the next token is a response token."""
+    ids, positions, _, visible, sources, *_ = packed
+    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
+                              use_cache=False).last_hidden_state  # (B, T, D)
+    return hidden.flatten(0, 1)[sources]
+
+
+def pair_logps(model, pairs):
+    """Summed response log-probs of B pairs as (2, B), chosen first; one shared row a pair.
+
+    The vocabulary projection runs on response positions only, in chunks that are recomputed in the
+    backward pass, so that the (tokens, V) logits never exist at once.
+    """
+    packed = pack_pairs(pairs, model.device)
+    targets, owners = packed[-2:]
+    hidden, head = response_hidden(model, packed), model.get_output_embeddings()
+    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    logps = torch.cat([
+        checkpoint(token_logps, head, h, t, use_reentrant=False, preserve_rng_state=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)])  # (N,)
+    return logps.new_zeros(2 * len(pairs)).index_add(0, owners, logps).view(2, -1)
+
+
+def plain_logps(model, pairs):
+    """The same as `pair_logps` the plain way: one row a response, full logits, no mask tricks."""
+    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    pad = [width - len(prompt) - len(response) for prompt, response in rows]
+    ids = torch.tensor([p + r + [0] * n for (p, r), n in zip(rows, pad, strict=True)])
+    real = torch.tensor([[1] * (width - n) + [0] * n for n in pad])
+    asked = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * n
+                          for (p, r), n in zip(rows, pad, strict=True)])
+    ids, real, asked = (x.to(model.device) for x in (ids, real, asked))
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
+    logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (logps * asked[:, 1:]).sum(1).view(2, -1)
+
+
+@torch.no_grad()
+def choose_logps(model, pairs):
+    """`pair_logps` where it agrees with `plain_logps` in fp32 on a few pairs, else the latter."""
+    try:
+        gap = (pair_logps(model, pairs[:4]) - plain_logps(model, pairs[:4])).abs().max().item()
+    except Exception as e:  # the model takes no such mask
+        gap = type(e).__name__
+    if isinstance(gap, float) and gap < 1e-2:
+        return pair_logps
+    print(f"this model's attention does not take one row a pair (gap {gap}): using plain rows")
+    return plain_logps
+
+
+def slic_loss(logps, ref_logps, beta, sft_weight=0.0):
+    """SLiC: max(0, 1 - beta h) - sft_weight * log pi(y_w|x) a pair (arXiv:2402.05749, 2305.10425).
+
+    logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
+    """
+    h = (logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1])
+    return F.relu(1 - beta * h) - sft_weight * logps[0]
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def autocast(device):
+    """bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def reference_logps(model, logps_of, pairs, tokens):
+    """(2, B) summed log-probs of a batch under the reference, in the micro-batches of the step."""
+    logps = torch.zeros(2, len(pairs))
+    for rows in micro_batches(pairs, tokens):
+        with autocast(model.device):
+            logps[:, rows] = logps_of(model, [pairs[i] for i in rows]).cpu()
+    return logps
+
+
+def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
+    """Accumulate the gradient of the batch's mean loss, micro-batch by micro-batch.
+
+    Returns the field's metrics. Implicit rewards are beta * (logps - ref_logps); Bo2 has none.
+    """
+    losses, logps = torch.zeros(len(pairs)), torch.zeros(2, len(pairs))
+    for rows in micro_batches(pairs, tokens):
+        with autocast(policy.device):
+            batch_logps = logps_of(policy, [pairs[i] for i in rows])
+        loss = loss_fn(batch_logps, ref_logps[:, rows].to(policy.device))  # (b,)
+        (loss.sum() / len(pairs)).backward()
+        losses[rows], logps[:, rows] = loss.detach().cpu(), batch_logps.detach().cpu()
+    metrics = {"loss": losses.mean().item(), "logps/chosen": logps[0].mean().item()}
+    if beta is not None:
+        chosen, rejected = beta * (logps - ref_logps)
+        metrics |= {"logps/rejected": logps[1].mean().item(),
+                    "rewards/chosen": chosen.mean().item(),
+                    "rewards/rejected": rejected.mean().item(),
+                    "rewards/margins": (chosen - rejected).mean().item(),
+                    "rewards/accuracies": (chosen > rejected).float().mean().item()}
+    return metrics
+
+
+def optimizer_step(model, optimizer, lr, what):
+    """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not torch.isfinite(grad_norm):
+        fail(f"{what}: the loss or its gradient is not finite; the weights were not touched. "
+             "Lower --lr, or go on from the last checkpoint with --resume")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm.item()
+
+
+# ---- run folder ----------------------------------------------------------------------------------
+
+
+def open_run(args):
+    """Make the run folder and args.json; refuse a finished run, or a started one without --resume."""
+    if os.path.exists(f"{args.out}/final"):
+        fail(f"{args.out} is finished; choose another --out, or remove it")
+    if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
+        fail(f"{args.out} exists; go on with --resume, or choose another --out")
+    os.makedirs(args.out, exist_ok=True)
+    here = os.path.dirname(os.path.abspath(__file__))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    with open(f"{args.out}/args.json", "w") as f:
+        json.dump({"script": os.path.basename(__file__), **vars(args),
+                   "commit": commit.stdout.strip(), "torch": torch.__version__,
+                   "transformers": transformers.__version__,
+                   "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
+                  f, indent=1)
+
+
+def save_checkpoint(path, model, optimizer, step):
+    """Write weights, Adam moments and the step to one safetensors file, swapped in whole.
+
+    Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
+    """
+    tensors = {}
+    for name, weight in model.named_parameters():
+        tensors[f"weight.{name}"] = weight.detach().contiguous()
+        for key, value in optimizer.state[weight].items() if optimizer else ():
+            tensors[f"{key}.{name}"] = value.contiguous()
+    save_file(tensors, path + ".tmp", {"step": str(step)})
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(path, model, optimizer):
+    """Load what `save_checkpoint` wrote, where there is one; returns the steps done so far."""
+    if not os.path.exists(path):
+        return 0
+    with safe_open(path, "pt") as f:
+        for name, weight in model.named_parameters():
+            weight.data.copy_(f.get_tensor(f"weight.{name}"))
+            for key in ("step", "exp_avg", "exp_avg_sq") if optimizer else ():
+                value = f.get_tensor(f"{key}.{name}")
+                optimizer.state[weight][key] = value.to(weight.device)
+        return int(f.metadata()["step"])
+
+
+def cut_jsonl(path, step):
+    """Drop the rows after `step` from a file of {"step": ...} rows, and a half-written line."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
+
+
+def append_jsonl(path, rows):
+    """Append rows to a JSON-lines file."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def save_final(model, tokenizer, out):
+    """Write final/, whole or not at all, and drop the checkpoint."""
+    model.save_pretrained(f"{out}/final.tmp")
+    tokenizer.save_pretrained(f"{out}/final.tmp")
+    os.replace(f"{out}/final.tmp", f"{out}/final")
+    if os.path.exists(f"{out}/checkpoint.safetensors"):
+        os.remove(f"{out}/checkpoint.safetensors")
+
+
+def catch_signals():
+    """After SIGINT or SIGTERM the returned list is not empty: save and stop at the step's end."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(number))
+    return caught
+
+
+def stop_run(number, step, path):
+    """Say where a stopped run was saved and exit with the status of its signal."""
+    print(f"{signal.Signals(number).name}: saved step {step} to {path}; --resume goes on",
+          file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
+def main(args):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    open_run(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy, tokenizer = load_policy(args.model, args.trust_remote_code, device)
+    check_lengths(policy, args)
+    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    logps_of = choose_logps(policy, pairs)
+    loss_fn = partial(slic_loss, beta=args.beta, sft_weight=args.sft_weight)
+    judge = None
+    if args.gold:
+        import gold_eval
+        judge = gold_eval.load_judge(args, args.eval_data or args.data, copy.deepcopy(policy),
+                                     tokenizer, logps_of)
+    batch = partial(batch_rows, rows=len(pairs), batch_size=args.batch_size, order=args.order,
+                    shuffle_window=args.shuffle_window, seed=args.seed)
+    quiet = not sys.stderr.isatty()
+    ref_logps = torch.full((2, len(pairs)), torch.nan)  # once a row, while policy == reference
+    for step in tqdm(range(args.steps), "reference log-probs", disable=quiet):
+        rows = batch(step)
+        if args.no_reference:
+            ref_logps.zero_()
+        elif ref_logps[0, rows].isnan().any():
+            ref_logps[:, rows] = reference_logps(policy, logps_of, [pairs[i] for i in rows],
+                                                 args.tokens_per_microbatch)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    save_path = f"{args.out}/checkpoint.safetensors"
+    start = load_checkpoint(save_path, policy, optimizer)
+    for name in ("metrics", "samples"):
+        cut_jsonl(f"{args.out}/{name}.jsonl", start)
+    caught = catch_signals()
+    bar = tqdm(range(start, args.steps), "slic", args.steps, initial=start, disable=quiet)
+    for step in bar:
+        done, began, rows = step + 1, time.perf_counter(), batch(step)
+        batch_pairs = [pairs[i] for i in rows]
+        metrics = preference_step(policy, logps_of, loss_fn, batch_pairs, ref_logps[:, rows],
+                                  args.beta, args.tokens_per_microbatch)
+        lr = args.lr * min(1.0, done / max(args.warmup, 1))
+        grad_norm = optimizer_step(policy, optimizer, lr, f"step {done}, rows {rows}")
+        tokens_per_s = sum(map(len, sum(batch_pairs, ()))) / (time.perf_counter() - began)
+        metrics = {"step": done, **metrics, "grad_norm": grad_norm, "lr": lr,
+                   "tokens_per_s": round(tokens_per_s)}
+        if judge and (done % args.eval_every == 0 or done == args.steps):
+            gold, samples = gold_eval.evaluate(policy, judge)
+            metrics.update(gold)
+            append_jsonl(f"{args.out}/samples.jsonl", [{"step": done, **s} for s in samples])
+        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
+        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in (
+            "loss", "rewards/accuracies", "tokens_per_s", "gold/win_rate") if k in metrics})
+        if caught or (done % args.save_every == 0 and done < args.steps):
+            save_checkpoint(save_path, policy, optimizer, done)
+        if caught:
+            stop_run(caught[0], done, save_path)
+    save_final(policy, tokenizer, args.out)
+    print(f"{args.out}: {args.steps} steps, " + ", ".join(
+        f"{k} {metrics[k]:.4g}" for k in metrics if k.startswith(("loss", "rewards/a", "gold/"))))
+
+
+if __name__ == "__main__":
+    main(parse_args())
