@@ -67,7 +67,8 @@ def parse_args(argv=None):
         p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
         p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
         p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-        p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
+        p.add_argument("--trust-remote-code", action="store_true",
+                       help="run code that --model ships")
     return parser.parse_args(argv)
 
 
@@ -134,9 +135,10 @@ def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False,
         real = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
         cache = Cache(layer_class_to_replicate=partial(SlotLayer, width + max_tokens))
         logits = forward(ids.to(device), real, (real.cumsum(1) - 1).clamp(min=0), cache)
-        rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)]).to(device)
+        rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)])
         keep = torch.arange(len(group), device=device).repeat_interleave(per_prompt)
-        logits, real, alive = logits[keep], real[keep], torch.ones_like(keep, dtype=torch.bool)
+        rows, logits, real = rows.to(device), logits[keep], real[keep]
+        alive = torch.ones_like(keep, dtype=torch.bool)
         for layer in cache.layers:
             layer.take(keep)
         for t in range(max_tokens):

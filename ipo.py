@@ -54,7 +54,7 @@ def parse_args(argv=None):
     p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
-    p.add_argument("--eval-every", type=int, default=100, help="steps between gold evaluations")
+    p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.add_argument("--seed", type=int, default=0, help="seed of the data order")
@@ -92,6 +92,8 @@ def prompt_text(prompt, tokenizer, where):
     """The prompt as one string; messages go through the tokenizer's chat template."""
     if isinstance(prompt, str):
         return prompt
+    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in prompt):
+        raise TypeError
     if not tokenizer.chat_template:
         fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
              "use a chat model, or write text (tasks.py --text)")
@@ -364,11 +366,16 @@ def optimizer_step(model, optimizer, lr, what):
 
 
 def open_run(args):
-    """Make the run folder and args.json; refuse a finished run, or a started one without --resume."""
+    """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
     if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
+    if os.path.exists(f"{args.out}/metrics.jsonl"):
+        started = dict(read_jsonl(f"{args.out}/args.json"))[1]
+        changed = [k for k, v in vars(args).items() if k != "resume" and started.get(k) != v]
+        if changed:
+            fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
     os.makedirs(args.out, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
@@ -377,7 +384,7 @@ def open_run(args):
                    "commit": commit.stdout.strip(), "torch": torch.__version__,
                    "transformers": transformers.__version__,
                    "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
-                  f, indent=1)
+                  f)
 
 
 def save_checkpoint(path, model, optimizer, step):

@@ -9,8 +9,8 @@
 With the proxy as labeller this is the paper's online run, with the golden model its golden policy.
 stream.jsonl records D_online: the token ids of every batch in order, exactly as sampled and trained
 on. An offline script with --data stream.jsonl --order kept repeats the run bit for bit on CPU.
-Two equal samples carry no preference: the pair stays in its batch, where its contrastive gradient is
-zero, and is counted (`ties`). Shapes: B pairs, T tokens a row, N response tokens, V vocabulary.
+Two equal samples carry no preference: the pair stays in its batch, where its contrastive gradient
+is zero, and is counted (`ties`). Shapes: B pairs, T tokens a row, N response tokens, V vocabulary.
 
 MIT licence. `diff ipo.py online_rlhf.py` shows where the responses come from.
 """
@@ -44,7 +44,7 @@ def parse_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model", required=True, help="start and reference: run folder, folder or hub")
     p.add_argument("--prompts", required=True, help="pairs whose prompts are drawn (jsonl[.gz])")
-    p.add_argument("--labeller", required=True, help="preference model that picks the better sample")
+    p.add_argument("--labeller", required=True, help="preference model that picks the winner")
     p.add_argument("--loss", choices=["ipo", "dpo", "slic", "bo2"], default="ipo",
                    help="as in the script of that name")
     p.add_argument("--out", required=True, help="run folder to write")
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --prompts)")
-    p.add_argument("--eval-every", type=int, default=100, help="steps between gold evaluations")
+    p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.add_argument("--seed", type=int, default=0, help="seed of the data order and of the sampling")
@@ -97,6 +97,8 @@ def prompt_text(prompt, tokenizer, where):
     """The prompt as one string; messages go through the tokenizer's chat template."""
     if isinstance(prompt, str):
         return prompt
+    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in prompt):
+        raise TypeError
     if not tokenizer.chat_template:
         fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
              "use a chat model, or write text (tasks.py --text)")
@@ -400,9 +402,10 @@ def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False,
         real = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
         cache = Cache(layer_class_to_replicate=partial(SlotLayer, width + max_tokens))
         logits = forward(ids.to(device), real, (real.cumsum(1) - 1).clamp(min=0), cache)
-        rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)]).to(device)
+        rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)])
         keep = torch.arange(len(group), device=device).repeat_interleave(per_prompt)
-        logits, real, alive = logits[keep], real[keep], torch.ones_like(keep, dtype=torch.bool)
+        rows, logits, real = rows.to(device), logits[keep], real[keep]
+        alive = torch.ones_like(keep, dtype=torch.bool)
         for layer in cache.layers:
             layer.take(keep)
         for t in range(max_tokens):
@@ -481,11 +484,16 @@ def optimizer_step(model, optimizer, lr, what):
 
 
 def open_run(args):
-    """Make the run folder and args.json; refuse a finished run, or a started one without --resume."""
+    """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
     if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
+    if os.path.exists(f"{args.out}/metrics.jsonl"):
+        started = dict(read_jsonl(f"{args.out}/args.json"))[1]
+        changed = [k for k, v in vars(args).items() if k != "resume" and started.get(k) != v]
+        if changed:
+            fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
     os.makedirs(args.out, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
@@ -494,7 +502,7 @@ def open_run(args):
                    "commit": commit.stdout.strip(), "torch": torch.__version__,
                    "transformers": transformers.__version__,
                    "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
-                  f, indent=1)
+                  f)
 
 
 def save_checkpoint(path, model, optimizer, step):
@@ -597,7 +605,8 @@ def main(args):
         done, began, rows = step + 1, time.perf_counter(), batch(step)
         prompts = [data[i][0] for i in rows]
         noise = torch.Generator().manual_seed((args.seed + 1 << 32) + step)  # of this step alone
-        responses = sample(policy, prompts, 2, args.max_response_tokens, tokenizer.eos_token_id, noise)
+        responses = sample(policy, prompts, 2, args.max_response_tokens, tokenizer.eos_token_id,
+                           noise)
         batch_pairs = list(zip(prompts, responses[::2], responses[1::2], strict=True))
         margins = prefer(labeller, batch_pairs, args.tokens_per_microbatch).tolist()
         batch_pairs = [(x, a, b) if margin >= 0 else (x, b, a)

@@ -53,19 +53,17 @@ def parse_args(argv=None):
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    p.add_argument("--seed", type=int, default=0, help="seed of the data order and of the two sides")
+    p.add_argument("--seed", type=int, default=0, help="seed of the order of pairs and sides")
     label = commands.add_parser("label", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     label.add_argument("--model", required=True, help="preference model: run folder of `train`")
     label.add_argument("--data", required=True, help="pairs to label (jsonl, jsonl.gz)")
     label.add_argument("--out", required=True, help="file to write (jsonl)")
     for p in (train, label):
-        p.add_argument("--max-prompt-tokens", type=int, default=896,
-                       help="longer prompts lose the left")
-        p.add_argument("--max-response-tokens", type=int, default=128,
-                       help="longer ones lose the right")
-        p.add_argument("--tokens-per-microbatch", type=int, default=8192,
-                       help="padded; lower saves memory")
-        p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
+        p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
+        p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
+        p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
+        p.add_argument("--trust-remote-code", action="store_true",
+                       help="run code that --model ships")
     return parser.parse_args(argv)
 
 
@@ -96,6 +94,8 @@ def prompt_text(prompt, tokenizer, where):
     """The prompt as one string; messages go through the tokenizer's chat template."""
     if isinstance(prompt, str):
         return prompt
+    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in prompt):
+        raise TypeError
     if not tokenizer.chat_template:
         fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
              "use a chat model, or write text (tasks.py --text)")
@@ -234,11 +234,16 @@ def optimizer_step(model, optimizer, lr, what):
 
 
 def open_run(args):
-    """Make the run folder and args.json; refuse a finished run, or a started one without --resume."""
+    """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
     if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
+    if os.path.exists(f"{args.out}/metrics.jsonl"):
+        started = dict(read_jsonl(f"{args.out}/args.json"))[1]
+        changed = [k for k, v in vars(args).items() if k != "resume" and started.get(k) != v]
+        if changed:
+            fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
     os.makedirs(args.out, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
@@ -247,7 +252,7 @@ def open_run(args):
                    "commit": commit.stdout.strip(), "torch": torch.__version__,
                    "transformers": transformers.__version__,
                    "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
-                  f, indent=1)
+                  f)
 
 
 def save_checkpoint(path, model, optimizer, step):
@@ -377,7 +382,7 @@ def prefer(model, pairs, tokens=8192):
     """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1): y1 is preferred iff above 0.
 
     pairs: (prompt, y1, y2) token ids; `tokens` bounds a micro-batch. Swapping y1 and y2 flips the
-    sign exactly: no position bias is left.
+    sign, so that no position bias is left; two equal responses have margin 0.
     """
     margins = torch.zeros(len(pairs))
     for rows in micro_batches(pairs, tokens) if pairs else []:
@@ -388,7 +393,7 @@ def prefer(model, pairs, tokens=8192):
                 margins[rows] = (2 * first - 1).cpu()  # r(x, y2, y1) is 1 - r(x, y1, y2)
             else:
                 margins[rows] = (first - preference_logits(model, swap(batch)).sigmoid()).cpu()
-    return margins
+    return margins.masked_fill(torch.tensor([a == b for _, a, b in pairs], dtype=torch.bool), 0)
 
 
 @torch.no_grad()
@@ -471,8 +476,9 @@ def train(args):
         lr = args.lr * min(1.0, done / max(args.warmup, 1))
         grad_norm = optimizer_step(model, optimizer, lr, f"step {done}, rows {rows}")
         tokens = sum(map(len, sum(batch, ())))
-        metrics = {"step": done, "loss": loss, "accuracy": right / len(batch), "grad_norm": grad_norm,
-                   "lr": lr, "tokens_per_s": round(tokens / (time.perf_counter() - began))}
+        metrics = {"step": done, "loss": loss, "accuracy": right / len(batch),
+                   "grad_norm": grad_norm, "lr": lr,
+                   "tokens_per_s": round(tokens / (time.perf_counter() - began))}
         if done % args.eval_every == 0 or done == args.steps:
             found = assess(model, validation, args.tokens_per_microbatch)
             metrics.update({f"validation/{k}": v for k, v in found.items()})
@@ -515,9 +521,9 @@ def label(args):
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with open(args.out + ".tmp", "w", encoding="utf-8") as f:
         for (_, row), margin in zip(read_jsonl(args.data), margins, strict=True):
-            sides = ("chosen_ids", "rejected_ids") if "chosen_ids" in row else ("chosen", "rejected")
+            chosen, rejected = (s + "_ids" * ("chosen_ids" in row) for s in ("chosen", "rejected"))
             if margin < 0:
-                row.update(zip(sides, (row[sides[1]], row[sides[0]]), strict=True))
+                row[chosen], row[rejected] = row[rejected], row[chosen]
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(args.out + ".tmp", args.out)
     print(f"{args.out}: {len(pairs):,} pairs, {flips:,} labels flipped ({flips / len(pairs):.1%}), "

@@ -5,7 +5,8 @@
     python sft.py --model data/toy/base --data data/toy/initial.jsonl --out runs/toy/sft
 
 Its aim is coverage, not quality (paper 2405.08448, section 4): the preference labels are not used.
---data takes several files, pooled. Shapes: B pairs, T tokens a row, N response tokens, V vocabulary.
+--data takes several files, pooled. Shapes: B pairs, T tokens a row, N response tokens,
+V vocabulary.
 
 MIT licence. Nearest sibling: dpo.py.
 """
@@ -34,7 +35,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model", required=True, help="model to start from: run folder, folder or hub")
-    p.add_argument("--data", required=True, nargs="+", help="files of pairs (jsonl, jsonl.gz), pooled")
+    p.add_argument("--data", required=True, nargs="+", help="files of pairs (jsonl[.gz])")
     p.add_argument("--out", required=True, help="run folder to write")
     p.add_argument("--steps", type=int, default=4000, help="gradient steps")
     p.add_argument("--batch-size", type=int, default=64, help="pairs (two responses each) a step")
@@ -77,6 +78,8 @@ def prompt_text(prompt, tokenizer, where):
     """The prompt as one string; messages go through the tokenizer's chat template."""
     if isinstance(prompt, str):
         return prompt
+    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in prompt):
+        raise TypeError
     if not tokenizer.chat_template:
         fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
              "use a chat model, or write text (tasks.py --text)")
@@ -298,11 +301,16 @@ def optimizer_step(model, optimizer, lr, what):
 
 
 def open_run(args):
-    """Make the run folder and args.json; refuse a finished run, or a started one without --resume."""
+    """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
     if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
+    if os.path.exists(f"{args.out}/metrics.jsonl"):
+        started = dict(read_jsonl(f"{args.out}/args.json"))[1]
+        changed = [k for k, v in vars(args).items() if k != "resume" and started.get(k) != v]
+        if changed:
+            fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
     os.makedirs(args.out, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
@@ -311,7 +319,7 @@ def open_run(args):
                    "commit": commit.stdout.strip(), "torch": torch.__version__,
                    "transformers": transformers.__version__,
                    "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
-                  f, indent=1)
+                  f)
 
 
 def save_checkpoint(path, model, optimizer, step):

@@ -1,13 +1,14 @@
-"""Preference data as JSON lines of {"prompt", "chosen", "rejected"}: the paper's tasks, your own file, or a toy.
+"""Preference data as JSON lines of pairs: the paper's tasks, a file of your own, or a toy.
 
     python tasks.py toy                                      # built in: no network, a minute
     python tasks.py helpful                                  # from the hub
     python tasks.py helpful --file test.jsonl.gz --scratch   # a local copy, and a small base model
     python tasks.py file --file my_pairs.jsonl
 
-Writes `initial.jsonl` (the paper's D_initial) to --out. `toy` also writes `validation.jsonl` (pairs
-labelled without noise) and `base/`, a tiny random Llama with its tokenizer; for real data --scratch
-makes such a base. Every dropped row is counted by its reason. Shapes are told apart by their keys.
+Writes `initial.jsonl` (the paper's D_initial: {"prompt", "chosen", "rejected"}) to --out. `toy`
+also writes `validation.jsonl` (pairs labelled without noise) and `base/`, a tiny random Llama with
+its tokenizer; for real data --scratch makes such a base. Every dropped row is counted by its
+reason. Shapes are told apart by their keys.
 
 MIT licence. Next: sft.py.
 """
@@ -44,7 +45,7 @@ def parse_args(argv=None):
     p.add_argument("--out", help="folder to write (default: data/NAME)")
     p.add_argument("--pairs", type=int, help="at most this many pairs (toy: 64000 by default)")
     p.add_argument("--text", action="store_true",
-                   help="write messages as Human/Assistant text, for models without a chat template")
+                   help="write messages as text, for models without a chat template")
     p.add_argument("--scratch", action="store_true",
                    help="also make base/: a byte-level BPE tokenizer and a random Llama")
     p.add_argument("--width", type=int, help="hidden size of base/ (default: toy 64, scratch 256)")
@@ -62,7 +63,7 @@ def fail(message):
 
 # ---- the toy language: everything visible, nothing downloaded ------------------------------------
 
-MOODS = {  # mood: adjectives, verbs, adverbs
+WORDS = {  # mood: adjectives, verbs, adverbs
     "happy": ("merry jolly cheerful bright sunny playful", "danced sang laughed skipped twirled "
               "clapped", "gladly brightly joyfully warmly"),
     "sad": ("gloomy lonely tearful weary mournful grey", "wept sighed moped sobbed drooped grieved",
@@ -74,10 +75,11 @@ MOODS = {  # mood: adjectives, verbs, adverbs
     "brave": ("bold daring valiant mighty fearless proud", "charged climbed leapt fought marched "
               "explored", "boldly proudly firmly bravely"),
 }
-MOODS = {mood: [part.split() for part in parts] for mood, parts in MOODS.items()}
+MOODS = {mood: [part.split() for part in parts] for mood, parts in WORDS.items()}
 ANIMALS = "fox bear owl hare cat wolf duck goat mouse horse frog crow".split()
 PLACES = ["in the forest", "by the river", "on the hill", "at the market", "under the bridge",
           "near the mill", "behind the barn", "inside the cave"]
+WISH = re.compile(r"(\w+) (\w+) (?:sentences|lines) about a (\w+)")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 MOOD_OF = {word: mood for mood, parts in MOODS.items() for part in parts for word in part}
 ADJECTIVES, VERBS, ADVERBS = ({w for parts in MOODS.values() for w in parts[i]} for i in range(3))
@@ -97,7 +99,7 @@ def toy_prompt(rng):
 
 def toy_response(prompt, skill, rng):
     """Two to four sentences by a writer of `skill` in [0, 1]: how often each wish is met."""
-    number, mood, animal = re.search(r"(\w+) (\w+) (?:sentences|lines) about a (\w+)", prompt).groups()
+    number, mood, animal = WISH.search(prompt).groups()
     count = NUMBERS[number] if rng.random() < 0.4 + 0.6 * skill else rng.choice([2, 3, 4])
     home, used, sentences = rng.choice(PLACES), set(), []
 
@@ -130,7 +132,7 @@ def utility(prompt, response):
     animal) - 1 for every place after the first - 0.5 for every repeated mood word
     - 1 for every sentence too many or too few - 1 for every sentence the grammar does not know.
     """
-    number, mood, animal = re.search(r"(\w+) (\w+) (?:sentences|lines) about a (\w+)", prompt).groups()
+    number, mood, animal = WISH.search(prompt).groups()
     sentences = [s.strip() for s in response.split(".") if s.strip()]
     if not sentences:
         return -5.0
@@ -172,7 +174,7 @@ class Drop(Exception):
 
 
 def from_transcripts(row):
-    """Anthropic/hh-rlhf: two whole transcripts; the prompt ends with the last "\\n\\nAssistant:"."""
+    """Anthropic/hh-rlhf: two transcripts; the prompt ends with the last "Assistant:"."""
     mark = "\n\nAssistant:"
     (prompt, chosen), (other, rejected) = (
         (text[: cut + len(mark)], text[cut + len(mark):])
@@ -277,7 +279,7 @@ def raw_rows(path):
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        fail(f"{path}:{number}: expected a JSON object, found {line[:40].strip()!r}")
+                        fail(f"{path}:{number}: not a JSON object: {line.strip()[:40]!r}")
                     yield number, row
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror or e}; check --file")
@@ -300,7 +302,7 @@ def hub_rows(name):
     try:
         from datasets import load_dataset
     except ImportError:
-        fail(f"{repo} is parquet on the hub: `pip install datasets`, or pass a local copy by --file")
+        fail(f"{repo} is parquet: `pip install datasets`, or pass a local copy by --file")
     try:
         data = load_dataset(repo, "comparisons", revision="refs/convert/parquet", split="train")
     except Exception as e:
@@ -341,8 +343,8 @@ def make_base(texts, out, width, layers, vocab, seed, words):
     specials = ["<pad>", "<eos>"]
     if words:
         known = sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]", t)})
-        core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(specials + ["<unk>"] + known)},
-                                          unk_token="<unk>"))
+        ids = {w: i for i, w in enumerate([*specials, "<unk>", *known])}
+        core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.Whitespace()
         core.decoder = decoders.WordPiece()  # joins words, no space before a full stop
     else:

@@ -1,0 +1,81 @@
+"""Single files repeat each other by design: what has the same name has the same text."""
+
+import ast
+from collections import defaultdict
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(ROOT.glob("*.py"))
+OWN = {"main", "parse_args"}
+
+
+def definitions():
+    """{name: {text: [files]}} of top-level functions, classes and constants of every script."""
+    found = defaultdict(lambda: defaultdict(list))
+    for path in SCRIPTS:
+        source = path.read_text()
+        for node in ast.parse(source).body:
+            lines = source.splitlines()
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                found[node.name]["\n".join(lines[first - 1:node.end_lineno])].append(path.name)
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                text = "\n".join(lines[node.lineno - 1:node.end_lineno])
+                found[node.targets[0].id][text].append(path.name)
+    return found
+
+
+def test_same_name_same_text():
+    different = {name: list(texts.values()) for name, texts in definitions().items()
+                 if len(texts) > 1 and name not in OWN}
+    assert not different
+
+
+def test_the_shared_blocks_are_there():
+    copies = {name: next(iter(texts.values())) for name, texts in definitions().items()}
+    offline = {"dpo.py", "ipo.py", "slic.py", "bo2.py"}
+    for name in ("pack_pairs", "pair_logps", "preference_step", "micro_batches", "optimizer_step",
+                 "save_checkpoint", "load_pairs", "batch_rows", "open_run"):
+        assert offline | {"online_rlhf.py"} <= set(copies[name]), name
+    for name in ("sample", "pick_tokens", "SlotLayer"):
+        assert set(copies[name]) == {"online_rlhf.py", "gold_eval.py"}
+    for loss in ("ipo", "dpo", "slic", "bo2"):
+        assert set(copies[f"{loss}_loss"]) == {f"{loss}.py", "online_rlhf.py"}
+
+
+def test_same_flag_same_help():
+    """What stands in brackets may differ; the words before it may not."""
+    found = defaultdict(lambda: defaultdict(list))
+    for path in SCRIPTS:
+        if path.name in ("plots.py", "study.py", "tasks.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                helps = [k.value.value for k in node.keywords if k.arg == "help"]
+                assert helps, f"{path.name}: {node.args[0].value} has no help"
+                found[node.args[0].value][helps[0].split(" (")[0]].append(path.name)
+    by_meaning = {"--model", "--data", "--out", "--batch-size", "--steps", "--seed", "--prompts",
+                  "--gold"}  # these differ by script
+    different = {k: dict(v) for k, v in found.items() if len(v) > 1 and k not in by_meaning}
+    assert not different
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_every_flag_is_read(path):
+    source = path.read_text()
+    shared = source + (ROOT / "gold_eval.py").read_text()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            name = node.args[0].value.lstrip("-").replace("-", "_")
+            assert f"args.{name}" in shared, f"{path.name}: {name} is never read"
+
+
+def test_the_difference_is_the_lesson():
+    """diff dpo.py ipo.py shows the loss and little else: under 40 changed lines."""
+    import difflib
+
+    a, b = ((ROOT / f).read_text().splitlines() for f in ("dpo.py", "ipo.py"))
+    changed = [x for x in difflib.unified_diff(a, b, n=0, lineterm="")
+               if x[0] in "+-" and x[:3] not in ("---", "+++")]
+    assert 0 < len(changed) < 40

@@ -1,0 +1,97 @@
+"""Tokenisation and order: BOS at most once, EOS exactly once, no row lost, ids never touched."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import dpo
+
+WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefgh"]
+
+
+def tokenizer(adds_bos=False, adds_eos=False, template=None, **special):
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos or adds_eos:
+        single = ("<bos> " if adds_bos else "") + "$A" + (" <eos>" if adds_eos else "")
+        core.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<bos>", 2), ("<eos>", 1)])
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", **special}
+    made = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    made.chat_template = template
+    return made
+
+
+def load(tmp_path, rows, tok, max_prompt=10, max_response=10):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return dpo.load_pairs(str(path), tok, max_prompt, max_response)
+
+
+def pair(prompt="a b", chosen="c d", rejected="e"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+@pytest.mark.parametrize("special", [{}, {"pad_token": "<eos>"}])
+def test_eos_once(tmp_path, special):
+    pairs = load(tmp_path, [pair(), pair(chosen="c <eos>")], tokenizer(**special))
+    assert pairs == [([4, 5], [6, 7, 1], [8, 1]), ([4, 5], [6, 1], [8, 1])]
+
+
+def test_bos_once(tmp_path):
+    rows = [pair(), pair(prompt="<bos> a")]
+    for tok in (tokenizer(True, bos_token="<bos>"), tokenizer(True, True, bos_token="<bos>")):
+        assert load(tmp_path, rows, tok) == [([2, 4, 5], [6, 7, 1], [8, 1]), ([2, 4], [6, 7, 1],
+                                                                             [8, 1])]
+    not_added = load(tmp_path, rows, tokenizer(bos_token="<bos>"))  # as GPT-2: has one, adds none
+    assert [p for p, _, _ in not_added] == [[4, 5], [2, 4]]
+
+
+def test_cut_left_and_right_and_said(tmp_path, capsys):
+    rows = [pair(prompt="a b c d e"), pair(chosen="a b c d", rejected="a b")]
+    pairs = load(tmp_path, rows, tokenizer(True, bos_token="<bos>"), max_prompt=3, max_response=3)
+    assert pairs[0][0] == [2, 7, 8]  # BOS stays, the left goes
+    assert pairs[1][1:] == ([4, 5, 6], [4, 5, 1])  # no EOS where it was cut
+    assert "cut 1 prompts on the left and 1 responses on the right" in capsys.readouterr().out
+
+
+def test_empty_prompt_has_something_to_predict_from(tmp_path):
+    assert load(tmp_path, [pair(prompt="")], tokenizer())[0][0] == [1]
+
+
+def test_messages_go_through_the_template(tmp_path, capsys):
+    rows = [pair(prompt=[{"role": "user", "content": "b"}], chosen=[{"role": "assistant",
+                                                                     "content": "c"}])]
+    template = "{% for m in messages %}a {{ m['content'] }} {% endfor %}h"
+    assert load(tmp_path, rows, tokenizer(template=template)) == [([4, 5, 11], [6, 1], [8, 1])]
+    with pytest.raises(SystemExit):
+        load(tmp_path, rows, tokenizer())
+    assert "pairs.jsonl:1: the prompt is a list of messages" in capsys.readouterr().err
+
+
+def test_stream_ids_are_kept(tmp_path):
+    row = {"step": 1, "prompt_ids": [9] * 30, "chosen_ids": [5, 1], "rejected_ids": [1]}
+    assert load(tmp_path, [row], tokenizer()) == [([9] * 30, [5, 1], [1])]
+
+
+def batches(steps, rows=10, **kwargs):
+    kwargs = dict(batch_size=4, order="shuffled", shuffle_window=0, seed=0) | kwargs
+    return [dpo.batch_rows(s, rows, **kwargs) for s in range(steps)]
+
+
+def test_orders():
+    assert batches(3, order="kept") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+    assert batches(3, shuffle_window=1) == batches(3, order="kept")
+    flat = sum(batches(5), [])
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert flat[:10] != list(range(10)) and batches(5) == batches(5) != batches(5, seed=1)
+
+
+def test_shuffle_window():
+    """Rows stay within their window of 2 batches of 4; over a whole file every place is reached."""
+    flat = sum(batches(6, rows=24, shuffle_window=2), [])
+    assert sorted(flat) == list(range(24))
+    assert [i // 8 for i in flat] == [0] * 8 + [1] * 8 + [2] * 8 and flat != list(range(24))
+    assert max(abs(i - j) for i, j in enumerate(sum(batches(6, rows=24), []))) > 8

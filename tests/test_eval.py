@@ -1,0 +1,139 @@
+"""The judge and the preference model: numbers against enumeration and hand computation."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_pairs, tiny
+from test_sampler import probabilities
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+import gold_eval
+import reward
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_kl_equals_enumeration(kind):
+    """Three tokens, responses of up to three: sum over all responses of pi log(pi / ref)."""
+    policy, reference, prompt = tiny(kind, vocab=3), tiny(kind, vocab=3, seed=1), [2, 0, 2]
+    for model in (policy, reference):
+        for p in model.parameters():
+            p.data.mul_(0.6)
+    pi, ref = (probabilities(m, prompt, 1, 3, 3) for m in (policy, reference))
+    truth = sum(p * math.log(p / ref[ids]) for ids, p in pi.items())
+    kls = gold_eval.response_kl(policy, reference, [(prompt, list(ids)) for ids in pi], 64)
+    assert truth > 0.05
+    assert sum(p * kl for p, kl in zip(pi.values(), kls.tolist(), strict=True)) == pytest.approx(
+        truth, rel=1e-5)
+    drawn = gold_eval.sample(policy, [prompt] * 4000, 1, 3, 1, torch.Generator().manual_seed(0))
+    found = gold_eval.mean_se("kl", gold_eval.response_kl(
+        policy, reference, [(prompt, r) for r in drawn], 8192))
+    assert abs(found["gold/kl"] - truth) < 4 * found["gold/kl_se"]
+
+
+def test_kl_in_chunks(monkeypatch):
+    policy, reference = tiny(), tiny(seed=1)
+    rows = [(x, a) for x, a, _ in random_pairs(6)]
+    whole = gold_eval.response_kl(policy, reference, rows, 64)
+    monkeypatch.setattr(gold_eval, "LOGITS_AT_ONCE", 3 * 50)
+    assert torch.allclose(gold_eval.response_kl(policy, reference, rows, 8192), whole, rtol=1e-4)
+
+
+def test_mean_se():
+    found = gold_eval.mean_se("x", torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    assert found["gold/x"] == 0.5
+    assert found["gold/x_se"] == pytest.approx(math.sqrt(1 / 3) / 2)
+
+
+def preference_model(kind, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, pad_token_id=0,
+        num_attention_heads=4, bos_token_id=None, eos_token_id=1, num_labels=1)).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.mul_(8)
+    model.config.preference_kind = kind
+    return model
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "pointwise"])
+def test_swapping_flips_prefer(kind):
+    model, pairs = preference_model(kind), random_pairs(20)
+    margins = reward.prefer(model, pairs, 100)
+    assert torch.allclose(reward.prefer(model, reward.swap(pairs), 100), -margins, atol=1e-5)
+    assert margins.abs().min() > 0 and margins.abs().max() <= 1
+    assert torch.allclose(reward.prefer(model, pairs, 8192), margins, atol=1e-4)
+
+
+@torch.no_grad()
+def test_pointwise_is_a_difference_of_two_scores():
+    """Brute force: each response scored in a row of its own."""
+    model, pairs = preference_model("pointwise"), random_pairs(8)
+
+    def score(prompt, response):
+        hidden = model.model(torch.tensor([prompt + response])).last_hidden_state
+        return model.score(hidden)[0, len(prompt):].sum().item()
+
+    truth = torch.tensor([score(x, a) - score(x, b) for x, a, b in pairs])
+    assert torch.allclose(reward.preference_logits(model, pairs), truth, atol=1e-3)
+
+
+@torch.no_grad()
+def test_pairwise_sees_the_other_response():
+    model = preference_model("pairwise")
+    pairs = random_pairs(8)
+    forward = reward.preference_logits(model, pairs)
+    backward = reward.preference_logits(model, reward.swap(pairs))
+    assert (forward + backward).abs().max() > 0.01  # a position bias, which `prefer` cancels
+    margins = reward.prefer(model, pairs)
+    assert torch.allclose(margins, forward.sigmoid() - backward.sigmoid(), atol=1e-5)
+
+
+def test_check_mask_refuses(capsys):
+    from transformers import Gemma2Config
+
+    model = AutoModelForSequenceClassification.from_config(Gemma2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, pad_token_id=0,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_labels=1)).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.mul_(8)
+    model.config.preference_kind = "pointwise"
+    with pytest.raises(SystemExit):
+        reward.check_mask(model, random_pairs(2))
+    assert "one row a pair" in capsys.readouterr().err
+    good = preference_model("pairwise")
+    before = good.score.weight.clone()
+    reward.check_mask(good, random_pairs(2))
+    assert good.config.preference_kind == "pairwise" and torch.equal(before, good.score.weight)
+
+
+def test_assess_by_hand(monkeypatch):
+    """Two sure and right, one unsure and wrong: accuracy 2/3, calibration error by hand."""
+    logit = {5: math.log(9), 6: math.log(9), 7: math.log(0.4 / 0.6)}
+    monkeypatch.setattr(reward, "preference_logits", lambda model, pairs: torch.tensor(
+        [logit[a[0]] if a[0] in logit else -logit[b[0]] for _, a, b in pairs]))
+    found = reward.assess(preference_model("pointwise"), [([2], [i], [3]) for i in (5, 6, 7)], 100)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["order_disagreement"] == 0
+    assert found["ece"] == pytest.approx(2 / 3 * abs(0.9 - 1) + 1 / 3 * abs(0.6 - 0), abs=1e-5)
+
+
+def test_evaluate_at_the_reference(toy):
+    """policy = reference: KL 0, log-ratio 0, accuracy 1/2 (ties count half); twice the same
+    numbers; against its own responses with the same noise every comparison is a tie."""
+    args = gold_eval.parse_args([
+        "judge", "--model", f"{toy}/sft", "--reference", f"{toy}/sft", "--gold", f"{toy}/gold",
+        "--baseline", f"{toy}/baseline.jsonl", "--data", f"{toy}/data/golden.jsonl", "--out", "x",
+        "--max-prompt-tokens", "32", "--max-response-tokens", "40"])
+    policy, tokenizer = gold_eval.load_policy(f"{toy}/sft", False, torch.device("cpu"))
+    judge = gold_eval.load_judge(args, args.data, policy, tokenizer)
+    metrics, samples = gold_eval.evaluate(policy, judge)
+    assert metrics["gold/kl"] == 0 and metrics["gold/chosen_logratio"] == 0
+    assert metrics["gold/accuracy_golden"] == 0.5 and metrics["gold/accuracy_self"] == 0.5
+    assert (metrics, samples) == gold_eval.evaluate(policy, judge)
+    assert len(judge.prompts) == 24 and len(samples) == 4
+    judge.baseline = gold_eval.sample(policy, judge.prompts, 2, 40, tokenizer.eos_token_id,
+                                      torch.Generator().manual_seed(0))[::2]
+    assert gold_eval.evaluate(policy, judge)[0]["gold/win_rate"] == 0.5

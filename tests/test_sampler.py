@@ -1,0 +1,120 @@
+"""The sampler: greedy equals transformers' generate; its distribution is the model's own."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import tiny
+
+import gold_eval
+from gold_eval import sample
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17], [18] * 9, [19]]
+
+
+def noise(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen", "gemma", "gemma2", "neox"])
+def test_greedy_equals_generate(kind):
+    model = tiny(kind)
+    ours = sample(model, PROMPTS, 1, 12, 1, noise(), greedy=True)
+    for prompt, response in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12,
+                                do_sample=False, eos_token_id=1, pad_token_id=0)
+        assert response == theirs[0, len(prompt):].tolist()
+
+
+def sequences(eos, vocab, longest):
+    """Every response of up to `longest` tokens: ended by EOS, or cut."""
+    for n in range(1, longest + 1):
+        for ids in itertools.product(range(vocab), repeat=n):
+            if eos not in ids[:-1] and (ids[-1] == eos or n == longest):
+                yield ids
+
+
+@torch.no_grad()
+def probabilities(model, prompt, eos, vocab, longest):
+    table = {}
+    for ids in sequences(eos, vocab, longest):
+        logp = model(torch.tensor([[*prompt, *ids]])).logits[0].double().log_softmax(-1)
+        table[ids] = sum(logp[len(prompt) + j - 1, t] for j, t in enumerate(ids)).exp().item()
+    assert sum(table.values()) == pytest.approx(1, abs=1e-6)
+    return table
+
+
+def chi_square_p(counts, expected):
+    """Chance of a worse fit; cells expecting under 5 are pooled."""
+    rare = [k for k in expected if expected[k] < 5]
+    cells = [(counts.get(k, 0), e) for k, e in expected.items() if e >= 5]
+    if rare:
+        cells.append((sum(counts.get(k, 0) for k in rare), sum(expected[k] for k in rare)))
+    statistic = sum((c - e) ** 2 / e for c, e in cells)
+    freedom = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)).item()
+
+
+@pytest.mark.parametrize("rows_at_once", [16, 4096])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_whole_sequences_follow_the_model(kind, rows_at_once):
+    """Frequencies against exact probabilities, EOS included, with prompts of unequal lengths in a
+    group, two samples a prompt, and rows leaving as they end."""
+    model = tiny(kind, vocab=4)
+    for p in model.parameters():
+        p.data.mul_(0.6)  # a mixed distribution
+    prompts = [[2, 3, 2, 0, 3], [3], [0, 2, 3]]
+    repeats = 2000 if rows_at_once > 16 else 400
+    drawn = sample(model, prompts * repeats, 2, 3, 1, noise(1), rows_at_once=rows_at_once)
+    for i, prompt in enumerate(prompts):
+        expected = {k: v * 2 * repeats
+                    for k, v in probabilities(model, prompt, 1, 4, 3).items()}
+        counts = {}
+        for j in range(i, len(prompts) * repeats, len(prompts)):
+            for response in drawn[2 * j:2 * j + 2]:
+                counts[tuple(response)] = counts.get(tuple(response), 0) + 1
+        assert set(counts) <= set(expected)
+        assert chi_square_p(counts, expected) > 1e-3
+
+
+def test_chi_square_would_notice():
+    """The same test on a slightly wrong distribution fails: it can fail."""
+    counts = {0: 4000, 1: 3800, 2: 2200}
+    assert chi_square_p(counts, {0: 4000, 1: 4000, 2: 2000}) < 1e-3
+
+
+def test_grouping_changes_no_sample():
+    model = tiny()
+    prompts = PROMPTS * 8
+    apart = sample(model, prompts, 2, 12, 1, noise(), rows_at_once=2)
+    together = sample(model, prompts, 2, 12, 1, noise(), rows_at_once=1000)
+    assert apart == together
+    assert len({tuple(r) for r in apart}) > 20
+
+
+def test_length_and_eos():
+    responses = sample(tiny(), PROMPTS * 20, 2, 12, 1, noise())
+    assert {len(r) for r in responses} >= {12}
+    for r in responses:
+        assert 1 not in r[:-1] and (r[-1] == 1 or len(r) == 12)
+
+
+def test_first_tokens_chi_square():
+    model, prompt = tiny(vocab=8), [3, 4, 5]
+    for p in model.parameters():
+        p.data.mul_(0.6)
+    drawn = sample(model, [prompt] * 4000, 1, 1, 1, noise(2))
+    with torch.no_grad():
+        truth = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    counts = {t: sum(r == [t] for r in drawn) for t in range(8)}
+    assert chi_square_p(counts, {t: 4000 * truth[t].item() for t in range(8)}) > 1e-3
+
+
+def test_pick_tokens_inverts_the_cdf():
+    logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(5, 3)
+    at = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.999], dtype=torch.float64)
+    assert gold_eval.pick_tokens(logits, at).tolist() == [0, 0, 1, 1, 2]
+    never = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(2, 3)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert gold_eval.pick_tokens(never, ends).tolist() == [1, 1]

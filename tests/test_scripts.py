@@ -1,0 +1,246 @@
+"""Whole runs of the scripts: same seed same bits, tandem, resume, dpo.py alone, bad input."""
+
+import gzip
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, flags, rows_of, same_weights, train, weights_of
+
+LOSSES = ["ipo", "dpo", "slic", "bo2"]
+SHORT = dict(steps=4, batch_size=8, warmup=2, lr=1e-2)
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def offline(toy, script, out, **kwargs):
+    given = dict(model=f"{toy}/sft", data=f"{toy}/data/golden.jsonl", **SHORT)
+    return train(script, out, **given | kwargs)
+
+
+def online(toy, out, **kwargs):
+    given = dict(model=f"{toy}/sft", labeller=f"{toy}/proxy", prompts=f"{toy}/data/golden.jsonl")
+    return train("online_rlhf", out, **given | SHORT | kwargs)
+
+
+@pytest.mark.parametrize("script", LOSSES)
+def test_same_seed_same_bits(toy, tmp_path, script):
+    a, b, c = (timeless(offline(toy, script, f"{tmp_path}/{n}", seed=s))
+               for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert a == b != c
+    assert same_weights(f"{tmp_path}/a", f"{tmp_path}/b")
+    assert not same_weights(f"{tmp_path}/a", f"{tmp_path}/c")
+    first = {"ipo": 0.25, "dpo": math.log(2), "slic": 1.0, "bo2": -a[0]["logps/chosen"]}[script]
+    assert a[0]["loss"] == pytest.approx(first, abs=1e-5)
+
+
+def test_policy_moved_and_its_start_did_not(toy, tmp_path):
+    before = weights_of(f"{toy}/sft")
+    offline(toy, "dpo", f"{tmp_path}/dpo")
+    assert not same_weights(f"{toy}/sft", f"{tmp_path}/dpo")
+    assert all((before[k] == v).all() for k, v in weights_of(f"{toy}/sft").items())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_tandem(toy, tmp_path, loss):
+    """Offline on D_online in kept order is the online run bit for bit; one batch swapped is not."""
+    rows = online(toy, f"{tmp_path}/online", loss=loss)
+    stream = f"{tmp_path}/online/stream.jsonl"
+    replay = offline(toy, loss, f"{tmp_path}/kept", data=stream, order="kept")
+    assert [r["loss"] for r in rows] == [r["loss"] for r in replay]
+    assert same_weights(f"{tmp_path}/online", f"{tmp_path}/kept")
+    offline(toy, loss, f"{tmp_path}/window", data=stream, shuffle_window=1)  # N = 1 is kept
+    assert same_weights(f"{tmp_path}/online", f"{tmp_path}/window")
+
+    lines = open(stream).readlines()
+    assert [json.loads(x)["step"] for x in lines] == [s for s in (1, 2, 3, 4) for _ in range(8)]
+    with open(f"{tmp_path}/swapped.jsonl", "w") as f:
+        f.writelines(lines[:8] + lines[16:24] + lines[8:16] + lines[24:])
+    offline(toy, loss, f"{tmp_path}/swapped", data=f"{tmp_path}/swapped.jsonl", order="kept")
+    assert not same_weights(f"{tmp_path}/online", f"{tmp_path}/swapped")
+
+
+def test_the_stream_is_what_the_labeller_prefers(toy, tmp_path):
+    import torch
+
+    import reward
+
+    online(toy, f"{tmp_path}/o")
+    rows = rows_of(f"{tmp_path}/o/stream.jsonl")
+    model, _ = reward.load_preference_model(f"{toy}/proxy", torch.device("cpu"))
+    pairs = [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows]
+    margins = reward.prefer(model, pairs)
+    assert (margins > -1e-5).all() and margins.max() > 0
+
+
+def test_equal_samples_are_counted_and_weightless(toy, tmp_path, monkeypatch):
+    """Two equal samples: counted as ties; with a contrastive loss nothing moves."""
+    import online_rlhf
+
+    draw = online_rlhf.sample
+    monkeypatch.setattr(online_rlhf, "sample",
+                        lambda *a: [r for r in draw(*a)[::2] for _ in (0, 1)])
+    rows = online(toy, f"{tmp_path}/o", steps=1)
+    assert rows[0]["ties"] == 8 and rows[0]["loss"] == pytest.approx(0.25)
+    assert rows[0]["grad_norm"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("script", [*LOSSES, "online_rlhf", "sft", "reward"])
+def test_stopped_and_resumed_equals_uninterrupted(toy, tmp_path, script):
+    """A run stopped by SIGTERM after step 2 and resumed: same metrics, stream and weights."""
+    kwargs = dict(model=f"{toy}/sft", save_every=3, **SHORT)
+    if script == "online_rlhf":
+        kwargs |= dict(labeller=f"{toy}/proxy", prompts=f"{toy}/data/golden.jsonl")
+    else:
+        kwargs |= dict(data=f"{toy}/data/golden.jsonl")
+    if script == "reward":
+        kwargs |= dict(kind="pairwise", eval_every=1)
+    words = flags(max_prompt_tokens=32, max_response_tokens=40, **kwargs)
+    words = (["train"] if script == "reward" else []) + words
+
+    module = __import__(script)
+    module.main(module.parse_args([*words, "--out", f"{tmp_path}/whole"]))
+    stop_after = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import {script} as script
+write = script.append_jsonl
+def append_jsonl(path, rows):
+    write(path, rows)
+    if path.endswith("metrics.jsonl") and rows[0]["step"] == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+script.append_jsonl = append_jsonl
+script.main(script.parse_args(sys.argv[1:]))
+"""
+    out = f"{tmp_path}/stopped"
+    stopped = subprocess.run([sys.executable, "-c", stop_after, *words, "--out", out],
+                             capture_output=True, text=True)
+    assert stopped.returncode == 128 + 15, stopped.stderr
+    assert "SIGTERM: saved step 2" in stopped.stderr
+    with open(f"{out}/metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "half a li')  # as a kill in mid-write leaves it
+    module.main(module.parse_args([*words, "--out", out, "--resume"]))
+    assert timeless(rows_of(f"{out}/metrics.jsonl")) == timeless(rows_of(
+        f"{tmp_path}/whole/metrics.jsonl"))
+    assert same_weights(out, f"{tmp_path}/whole")
+    if script == "online_rlhf":
+        assert rows_of(f"{out}/stream.jsonl") == rows_of(f"{tmp_path}/whole/stream.jsonl")
+
+
+def test_evaluation_never_shifts_training(toy, tmp_path):
+    judged = dict(gold=f"{toy}/gold", baseline=f"{toy}/baseline.jsonl", eval_every=2)
+    for script, run in (("dpo", offline), ("online_rlhf", online)):
+        first = [toy, script] if script == "dpo" else [toy]
+        run(*first, f"{tmp_path}/{script}-plain")
+        rows = run(*first, f"{tmp_path}/{script}-judged", **judged)
+        assert same_weights(f"{tmp_path}/{script}-plain", f"{tmp_path}/{script}-judged")
+        assert [row["step"] for row in rows if "gold/win_rate" in row] == [2, 4]
+        assert len(rows_of(f"{tmp_path}/{script}-judged/samples.jsonl")) == 8
+    assert rows[-1]["gold/kl"] > 0
+
+
+def test_pairs_of_two_policies(toy, tmp_path):
+    import gold_eval
+
+    online(toy, f"{tmp_path}/o")
+    gold_eval.main(gold_eval.parse_args(["sample", *flags(
+        model=f"{toy}/sft", other=f"{tmp_path}/o", gold=f"{toy}/gold", prompts=10,
+        data=f"{toy}/data/golden.jsonl", out=f"{tmp_path}/two.jsonl", max_prompt_tokens=32,
+        max_response_tokens=40)]))
+    rows = rows_of(f"{tmp_path}/two.jsonl")
+    assert len(rows) == 10 and rows[0].keys() == {"prompt_ids", "chosen_ids", "rejected_ids"}
+    offline(toy, "ipo", f"{tmp_path}/i", data=f"{tmp_path}/two.jsonl")
+
+
+def test_dpo_alone_in_an_empty_folder(toy, tmp_path):
+    shutil.copy(ROOT / "dpo.py", tmp_path)
+    done = subprocess.run([sys.executable, "dpo.py", *flags(
+        model=f"{toy}/sft", data=f"{toy}/data/golden.jsonl", out="run", max_prompt_tokens=32,
+        max_response_tokens=40, **SHORT)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "4 steps, loss" in done.stdout
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(f"{tmp_path}/run/final")
+
+
+def bad(tmp_path, toy):
+    """(name, script, words, what the one line says)."""
+    def file(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
+    with gzip.open(tmp_path / "cut.jsonl.gz", "wt") as f:
+        f.write(good * 1000)
+    whole = (tmp_path / "cut.jsonl.gz").read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    shutil.copytree(f"{toy}/sft/final", tmp_path / "bare", dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).unlink()
+    shutil.copytree(f"{toy}/sft/final", tmp_path / "large", dirs_exist_ok=True)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "large")
+    tokenizer.add_tokens([f"new{i}" for i in range(40)])
+    tokenizer.save_pretrained(tmp_path / "large")
+    (tmp_path / "started").mkdir(exist_ok=True)
+    file("started/metrics.jsonl", '{"step": 1}\n')
+    dpo = dict(model=f"{toy}/sft", data=f"{toy}/data/golden.jsonl", out=f"{tmp_path}/new")
+    return [
+        ("no file", "dpo", flags(**dpo | {"data": "nowhere.jsonl"}), "cannot read nowhere.jsonl"),
+        ("not JSON", "dpo", flags(**dpo | {"data": file("a.jsonl", good + "{oops")}), "a.jsonl:2"),
+        ("not an object", "dpo", flags(**dpo | {"data": file("b.jsonl", "[1]\n")}), "b.jsonl:1"),
+        ("missing key", "dpo", flags(**dpo | {"data": file("c.jsonl", good + '{"prompt": "x"}\n')}),
+         "c.jsonl:2: missing key 'chosen'"),
+        ("not a string", "dpo", flags(**dpo | {"data": file(
+            "d.jsonl", '{"prompt": 3, "chosen": "b", "rejected": "c"}\n')}), "d.jsonl:1"),
+        ("empty", "dpo", flags(**dpo | {"data": file("e.jsonl", "\n")}), "no pairs"),
+        ("cut gzip", "dpo", flags(**dpo | {"data": f"{tmp_path}/cut.jsonl.gz"}), "cut.jsonl.gz:"),
+        ("no tokenizer", "dpo", flags(**dpo | {"model": f"{tmp_path}/bare"}), "no tokenizer"),
+        ("vocabulary", "dpo", flags(**dpo | {"model": f"{tmp_path}/large"}), "embeds only"),
+        ("no model", "dpo", flags(**dpo | {"model": f"{tmp_path}/none"}), "cannot load a model"),
+        ("run exists", "dpo", flags(**dpo | {"out": f"{tmp_path}/started"}), "--resume"),
+        ("run finished", "sft", flags(**dpo | {"out": f"{toy}/sft"}), "finished"),
+        ("too long", "dpo", flags(**dpo, max_prompt_tokens=4000), "positions"),
+        ("gold alone", "dpo", flags(**dpo, gold=f"{toy}/gold"), "--baseline"),
+        ("not a judge", "online_rlhf", flags(model=f"{toy}/sft", prompts=dpo["data"],
+                                             labeller=f"{toy}/sft", out=dpo["out"]),
+         "not a preference model"),
+        ("messages", "dpo", flags(**dpo | {"data": file("m.jsonl", json.dumps(
+            {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}) + "\n")}), "m.jsonl:1"),
+        ("label exists", "reward", ["label", *flags(model=f"{toy}/gold", data=dpo["data"],
+                                                    out=dpo["data"])], "exists"),
+        ("unknown task", "tasks", ["nonsense"], "invalid choice"),
+        ("task file", "tasks", ["file", "--file", file("t.jsonl", good + "}\n"),
+                                "--out", f"{tmp_path}/t"], "t.jsonl:2"),
+        ("task key", "tasks", ["file", "--file", file("u.jsonl", '{"prompt": "x"}\n'),
+                               "--out", f"{tmp_path}/t"], "missing key 'chosen'"),
+        ("no runs", "plots", [f"{tmp_path}/none"], "not a run folder"),
+    ]
+
+
+def test_bad_input_is_one_line_and_status_2(toy, tmp_path, capsys):
+    for name, script, words, says in bad(tmp_path, toy):
+        module = __import__(script)
+        with pytest.raises(SystemExit) as stop:
+            module.main(module.parse_args(words))
+        err = capsys.readouterr().err.strip()
+        assert stop.value.code == 2, name
+        assert says in err, f"{name}: {err}"
+        if name != "unknown task":  # argparse adds its usage
+            assert len(err.splitlines()) == 1 and err.startswith("error: "), f"{name}: {err}"
+
+
+def test_resume_needs_the_same_flags(toy, tmp_path, capsys):
+    out = f"{tmp_path}/r"
+    offline(toy, "dpo", out)
+    shutil.rmtree(f"{out}/final")
+    with pytest.raises(SystemExit):
+        offline(toy, "dpo", out, resume=True, beta=0.7)
+    assert "another beta" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""Data in every shape the hub has, counted drops, and the toy language with its utility."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+from conftest import SHARED, rows_of
+
+import tasks
+
+P = "write two happy sentences about a fox:"
+
+
+def test_utility_by_hand():
+    u = tasks.utility
+    assert u(P, "the merry fox danced. the fox sang gladly.") == 5  # all fits
+    assert u(P, "the merry fox danced. the fox wept gladly.") == pytest.approx(2 + 3 * 3 / 4)
+    assert u(P, "the merry fox danced. the bear sang gladly.") == 4  # half the focus
+    assert u(P, "the merry fox danced.") == 4  # one sentence short
+    assert u(P, "the merry fox danced. the merry fox sang.") == 4.5  # a repeated word
+    assert u(P, "the fox sang by the river. the fox danced on the hill.") == 4  # two places
+    assert u(P, "the merry fox danced. fox the sang.") == 4  # malformed
+    assert u(P, "") == -5
+
+
+def test_writers_write_the_grammar():
+    for pair in tasks.toy_pairs(300, 7, 0):
+        for side in ("chosen", "rejected"):
+            for sentence in pair[side].removesuffix(".").split(". "):
+                assert tasks.SENTENCE.fullmatch(sentence), sentence
+        assert tasks.utility(pair["prompt"], pair["chosen"]) > tasks.utility(
+            pair["prompt"], pair["rejected"])
+
+
+def test_people_are_as_noisy_as_documented():
+    pairs = tasks.toy_pairs(4000, 0, tasks.TOY_NOISE)
+    gaps = [abs(tasks.utility(p["prompt"], p["chosen"]) - tasks.utility(p["prompt"], p["rejected"]))
+            for p in pairs]
+    sure = [1 / (1 + math.exp(-g / tasks.TOY_NOISE)) for g in gaps]
+    agreement = sum(p * p + (1 - p) * (1 - p) for p in sure) / len(sure)
+    assert agreement == pytest.approx(0.83, abs=0.01)
+
+
+def test_deterministic_by_seed():
+    assert tasks.toy_pairs(50, 3, 0.5) == tasks.toy_pairs(50, 3, 0.5) != tasks.toy_pairs(50, 4, 0.5)
+
+
+def test_toy_base_speaks_every_word(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tasks.main(tasks.parse_args(["toy", "--out", f"{tmp_path}/toy", "--pairs", "500"]))
+    tokenizer = AutoTokenizer.from_pretrained(f"{tmp_path}/toy/base")
+    model = AutoModelForCausalLM.from_pretrained(f"{tmp_path}/toy/base")
+    assert len(tokenizer) == model.config.vocab_size
+    files = (f"{tmp_path}/toy/{name}.jsonl" for name in ("initial", "validation"))
+    for row in (row for file in files for row in rows_of(file)):
+        ids = tokenizer(row["chosen"]).input_ids
+        assert tokenizer.unk_token_id not in ids and tokenizer.eos_token_id not in ids
+        assert tokenizer.decode(ids) == row["chosen"]
+
+
+def convert(rows, name="file", as_text=False):
+    pairs, dropped = [], Counter()
+    for row in rows:
+        try:
+            pairs.append(tasks.convert(row, name, as_text))
+        except tasks.Drop as reason:
+            dropped[str(reason)] += 1
+    return pairs, dropped
+
+
+def transcript(*turns):
+    names = ["Human", "Assistant"] * len(turns)
+    return "".join(f"\n\n{name}: {turn}" for name, turn in zip(names, turns, strict=False))
+
+
+def test_transcripts_and_their_traps():
+    rows = [{"chosen": transcript("a", "b", "c", x), "rejected": transcript("a", "b", "c", y)}
+            for x, y in (("good", "bad"), ("same", "same"))]
+    rows += [{"chosen": transcript("a", "b", "c", "d"), "rejected": transcript("a", "X", "c", "e")},
+             {"chosen": transcript("a", "b"), "rejected": "\n\nHuman: a\n\nAssistant:"},
+             {"chosen": transcript("a", "b\n\nHuman: oh"), "rejected": transcript("a", "c")}]
+    pairs, dropped = convert(rows)
+    assert pairs == [("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " good", " bad")]
+    assert dropped == {"equal sides": 1, "sides part before the last turn": 1, "empty answer": 1,
+                       "a human turn inside the answer": 1}
+
+
+def test_messages():
+    user = {"role": "user", "content": "q"}
+    reply = lambda text: {"role": "assistant", "content": text}  # noqa: E731
+    rows = [{"chosen": [user, reply("x")], "rejected": [user, reply("y")]},
+            {"prompt": [user], "chosen": [reply("x")], "rejected": [reply("y")]}]
+    pairs, _ = convert(rows)
+    assert pairs == [([user], "x", "y")] * 2
+    pairs, _ = convert(rows, as_text=True)
+    assert pairs == [("\n\nHuman: q\n\nAssistant:", " x", " y")] * 2
+
+
+SAMPLES = {  # file of hub rows: (task, pairs left, dropped)
+    "hh_rlhf.jsonl": ("helpful", 2, {}),
+    "hh_rlhf.test.jsonl.gz": ("harmless", 2, {}),
+    "summarize_from_feedback_comparisons.jsonl": ("tldr", 1, {"not a Reddit post": 1}),
+    "vwxyzjn_oai_preprocessing.jsonl": ("tldr", 1, {}),
+    "trl_tldr_preference.jsonl": ("tldr", 1, {}),
+    "trl_hh_rlhf_helpful_base.jsonl": ("file", 1, {}),
+    "trl_ultrafeedback_binarized.jsonl": ("file", 1, {}),
+    "chatbot_arena_conversations.jsonl": ("arena", 1, {"other language": 1, "tie": 1,
+                                                       "sides part before the last turn": 1}),
+    "arena_human_preference_55k.csv": ("arena", 1, {"tie": 1,
+                                                    "sides part before the last turn": 1}),
+}
+
+
+@pytest.mark.parametrize("file", SAMPLES)
+def test_hub_shapes(file):
+    if not (SHARED / "hub_samples" / file).exists():
+        pytest.skip("the hub samples are not on this machine")
+    name, left, drops = SAMPLES[file]
+    pairs, dropped = tasks.real_pairs(name, str(SHARED / "hub_samples" / file), None, False)
+    assert (len(pairs), dict(dropped)) == (left, drops)
+    if name == "tldr":
+        assert pairs[0]["prompt"].startswith("SUBREDDIT: r/relationships\n\nTITLE: Flatmate")
+        assert pairs[0]["prompt"].endswith("\n\nTL;DR:")
+        assert pairs[0]["chosen"].startswith(" flatmate ignores the dishes")
+    if name == "arena":
+        assert pairs[0]["prompt"][-1]["role"] == "user"
+
+
+@pytest.mark.parametrize("name", ["helpful", "harmless"])
+def test_real_anthropic_pairs(name):
+    path = SHARED / "hh-rlhf" / f"{name}-base" / "test.jsonl.gz"
+    if not path.exists():
+        pytest.skip("the Anthropic pairs are not on this machine")
+    pairs, dropped = tasks.real_pairs(name, str(path), None, False)
+    parted, empty, equal = {"helpful": (9, 4, 2), "harmless": (5, 4, 0)}[name]
+    assert len(pairs) == {"helpful": 2354, "harmless": 2312}[name] - parted - empty - equal
+    assert dropped == Counter({"sides part before the last turn": parted, "empty answer": empty,
+                               "equal sides": equal})
+    assert all(p["prompt"].endswith("\n\nAssistant:") for p in pairs)
+
+
+def test_scratch_base_and_text(tmp_path):
+    from transformers import AutoTokenizer
+
+    file = tmp_path / "m.jsonl"
+    file.write_text(json.dumps({"prompt": [{"role": "user", "content": "Grüße?"}],
+                                "chosen": "Gut.", "rejected": "Nein."}) + "\n")
+    tasks.main(tasks.parse_args(["file", "--file", str(file), "--out", f"{tmp_path}/m", "--scratch",
+                                 "--width", "32", "--layers", "1", "--vocab", "300"]))
+    tokenizer = AutoTokenizer.from_pretrained(f"{tmp_path}/m/base")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Grüße?"}], tokenize=False,
+                                         add_generation_prompt=True)
+    assert text == "\n\nHuman: Grüße?\n\nAssistant:"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
