@@ -131,7 +131,7 @@ def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False,
     for group in (order[i:i + size] for i in range(0, len(order), size)):
         width = len(prompts[group[-1]])
         pad = [width - len(prompts[i]) for i in group]
-        ids = torch.tensor([[eos] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
+        ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
         real = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
         cache = Cache(layer_class_to_replicate=partial(SlotLayer, width + max_tokens))
         logits = forward(ids.to(device), real, (real.cumsum(1) - 1).clamp(min=0), cache)

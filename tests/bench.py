@@ -1,0 +1,239 @@
+"""Time our DPO step, online step, sampler and evaluation on a model folder and a file of pairs.
+
+    python tests/bench.py MODEL PAIRS                  # every measure, each in its own process
+    python tests/bench.py MODEL PAIRS --only dpo ipo   # some of them
+
+One JSON line each: pairs/s or tokens/s after a warm-up, peak memory in GB and, for training, the
+FLOP/s of its matrix products (unpadded tokens, recomputation not counted) as a share of the rate
+measured on one large matrix product. `generate` and `generate-varied` are
+transformers' own sampling on the same work: fixed lengths, and EOS at random lengths.
+"""
+
+import argparse
+import copy
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import transformers
+
+import dpo
+import gold_eval
+import ipo
+import online_rlhf
+import reward
+import slic
+
+MEASURES = ["dpo", "ipo", "slic", "online", "sample", "sample-varied", "generate",
+            "generate-varied", "evaluate"]
+EOS_CHANCE = 1 / 32  # of ending at each token, where lengths vary
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("model", help="model folder or hub name")
+    p.add_argument("data", help="pairs (jsonl)")
+    p.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="what to time")
+    p.add_argument("--steps", type=int, default=5, help="timed steps, after one warm-up")
+    p.add_argument("--batch-size", type=int, default=16, help="pairs a step")
+    p.add_argument("--prompts", type=int, default=32, help="prompts to sample from, twice each")
+    p.add_argument("--new-tokens", type=int, default=64, help="sampled tokens a row")
+    p.add_argument("--max-prompt-tokens", type=int, default=448, help="the left is cut")
+    p.add_argument("--max-response-tokens", type=int, default=512, help="the right is cut")
+    p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
+    return p.parse_args(argv)
+
+
+def sync():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work, times):
+    """Seconds of each call of `work(i)`, after one call to warm up."""
+    found = []
+    for i in range(times + 1):
+        sync()
+        began = time.perf_counter()
+        work(i)
+        sync()
+        found.append(time.perf_counter() - began)
+    return found[1:]
+
+
+def matmul_rate(device):
+    """FLOP/s of one large matrix product: fp32 on CPU, bf16 on CUDA."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / statistics.median(seconds(lambda i: a @ b, 8))
+
+
+def training_flops(model, pairs):
+    """Forward and backward matrix products of pairs in one row each, without padding: 6 a weight
+    and token, 12 a layer, width and visible position; the vocabulary on response positions only."""
+    config, head = model.config, model.get_output_embeddings().weight
+    body = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)
+    total = 0
+    for prompt, chosen, rejected in pairs:
+        p, c, r = len(prompt), len(chosen), len(rejected)
+        seen = p * p / 2 + p * (c + r) + c * c / 2 + r * r / 2
+        total += 6 * body * (p + c + r) + 6 * head.numel() * (c + r)
+        total += 12 * config.num_hidden_layers * config.hidden_size * seen
+    return total
+
+
+def peak_gb():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def end_at_random(model, eos):
+    """Give the head a bias that makes EOS as likely as EOS_CHANCE where logits are flat."""
+    head = model.get_output_embeddings()
+    bias = torch.zeros(head.weight.shape[0], device=model.device)
+    bias[eos] = torch.tensor(len(bias) * EOS_CHANCE / (1 - EOS_CHANCE)).log()
+    head.bias = torch.nn.Parameter(bias)
+
+
+def offline_step(name, args, policy, pairs):
+    """A training step of dpo.py, ipo.py or slic.py, reference log-probs computed before."""
+    loss_fn = partial({"dpo": dpo.dpo_loss, "ipo": ipo.ipo_loss, "slic": slic.slic_loss}[name],
+                      beta=0.1)
+    size = args.batch_size
+    batches = [[pairs[j % len(pairs)] for j in range(i * size, (i + 1) * size)]
+               for i in range(args.steps + 1)]
+    logps_of = dpo.choose_logps(policy, pairs)
+    refs = [dpo.reference_logps(policy, logps_of, b, args.tokens_per_microbatch) for b in batches]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+
+    def step(i):
+        dpo.preference_step(policy, logps_of, loss_fn, batches[i], refs[i], 0.1,
+                            args.tokens_per_microbatch)
+        dpo.optimizer_step(policy, optimizer, 1e-5, "bench")
+
+    took = seconds(step, args.steps)
+    flops = sum(training_flops(policy, b) for b in batches[1:]) / sum(took)
+    return {"pairs_per_s": size * args.steps / sum(took), "flop_per_s": flops,
+            "share_of_matmul": flops / matmul_rate(policy.device)}
+
+
+def online_step(args, policy, pairs):
+    """A whole step of online_rlhf.py, a fresh pairwise preference model as labeller."""
+    labeller, _ = reward.load_preference_model(args.model, policy.device, kind="pairwise")
+    reference, size = copy.deepcopy(policy), args.batch_size
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    logps_of = dpo.choose_logps(policy, pairs)
+
+    def step(i):
+        prompts = [x for x, _, _ in pairs[i * size:(i + 1) * size]]
+        responses = online_rlhf.sample(policy, prompts, 2, args.new_tokens, -1,
+                                       torch.Generator().manual_seed(i))
+        batch = list(zip(prompts, responses[::2], responses[1::2], strict=True))
+        reward.prefer(labeller, batch, args.tokens_per_microbatch)
+        ref = dpo.reference_logps(reference, logps_of, batch, args.tokens_per_microbatch)
+        dpo.preference_step(policy, logps_of, partial(ipo.ipo_loss, beta=0.1), batch, ref, 0.1,
+                            args.tokens_per_microbatch)
+        dpo.optimizer_step(policy, optimizer, 1e-5, "bench")
+
+    return {"pairs_per_s": size * args.steps / sum(seconds(step, args.steps))}
+
+
+def sampler(args, policy, tokenizer, pairs, varied):
+    """Two samples a prompt, as in hf_generate.py's work; EOS never, or at random lengths."""
+    eos, prompts = tokenizer.eos_token_id if varied else -1, [x for x, _, _ in pairs[:args.prompts]]
+    counts = []
+    if varied:
+        end_at_random(policy, eos)
+
+    def draw(i):
+        responses = gold_eval.sample(policy, prompts, 2, args.new_tokens, eos,
+                                     torch.Generator().manual_seed(i))
+        counts.append(sum(map(len, responses)))
+
+    took = seconds(draw, 3)
+    return {"tokens_per_s": sum(counts[1:]) / sum(took)}
+
+
+def generate(args, policy, tokenizer, pairs, varied):
+    """transformers' generate on the same prompts, left-padded and repeated twice."""
+    prompts = [x for x, _, _ in pairs[:args.prompts] for _ in range(2)]
+    width, eos, counts = max(map(len, prompts)), tokenizer.eos_token_id, []
+    ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=policy.device)
+    real = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts],
+                        device=policy.device)
+    if varied:
+        end_at_random(policy, eos)
+    if policy.device.type == "cuda":
+        policy.bfloat16()
+
+    def draw(i):
+        torch.manual_seed(i)
+        with torch.no_grad():
+            out = policy.generate(
+                ids, attention_mask=real, do_sample=True, temperature=1.0, top_k=0, pad_token_id=0,
+                max_new_tokens=args.new_tokens, eos_token_id=eos,
+                min_new_tokens=None if varied else args.new_tokens)[:, width:].tolist()
+        counts.append(sum(r.index(eos) + 1 if eos in r else len(r) for r in out))
+
+    took = seconds(draw, 3)
+    return {"tokens_per_s": sum(counts[1:]) / sum(took)}
+
+
+def evaluation(args, policy, tokenizer, pairs):
+    """gold_eval.evaluate on --prompts prompts."""
+    gold, _ = reward.load_preference_model(args.model, policy.device, kind="pairwise")
+    prompts = [x for x, _, _ in pairs[:args.prompts]]
+    logps_of = gold_eval.choose_logps(policy, pairs)
+    judge = gold_eval.Judge(
+        gold, copy.deepcopy(policy), logps_of, tokenizer, prompts, [a for _, a, _ in pairs], pairs,
+        gold_eval.batch_logps(policy, logps_of, pairs, args.tokens_per_microbatch),
+        args.new_tokens, args.tokens_per_microbatch, 0)
+    judge.baseline = judge.baseline[:len(prompts)]
+    judge.pairs, judge.ref_logps = pairs[:32], judge.ref_logps[:, :32]
+    return {"prompts_per_s": len(prompts) / statistics.median(
+        seconds(lambda i: gold_eval.evaluate(policy, judge), 2))}
+
+
+def measure(name, args):
+    """One measure in this process, as one JSON line."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy, tokenizer = dpo.load_policy(args.model, False, device)
+    with open(os.devnull, "w") as quiet:
+        sys.stdout, out = quiet, sys.stdout
+        pairs = dpo.load_pairs(args.data, tokenizer, args.max_prompt_tokens,
+                               args.max_response_tokens)
+        sys.stdout = out
+    if name in ("dpo", "ipo", "slic"):
+        found = offline_step(name, args, policy, pairs)
+    elif name == "online":
+        found = online_step(args, policy, pairs)
+    elif name == "evaluate":
+        found = evaluation(args, policy, tokenizer, pairs)
+    else:
+        work = sampler if name.startswith("sample") else generate
+        found = work(args, policy, tokenizer, pairs, name.endswith("varied"))
+    name = name.replace("generate", "transformers generate")
+    print(json.dumps({"measure": name, **{k: float(f"{v:.4g}") for k, v in found.items()},
+                      "peak_gb": round(peak_gb(), 2)}), flush=True)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    if len(arguments.only) == 1:
+        measure(arguments.only[0], arguments)
+    else:
+        rest = sys.argv[1:sys.argv.index("--only")] if "--only" in sys.argv else sys.argv[1:]
+        for each in arguments.only:
+            subprocess.run([sys.executable, __file__, *rest, "--only", each], check=True)
