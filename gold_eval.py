@@ -80,42 +80,43 @@ class SlotLayer(DynamicLayer):
 
     def __init__(self, slots):
         super().__init__()
-        self.slots = slots
+        self.slots, self.used = slots, 0
 
     def update(self, keys, values, *args, **kwargs):
         """Write the new (B, heads, new, width) keys and values; return all so far, as views."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             batch, heads, _, width = keys.shape
-            self.buffer = keys.new_empty(2, batch, heads, self.slots, width)
-            self.used = 0
-        self.buffer[0, :, :, self.used:self.used + keys.shape[2]] = keys
-        self.buffer[1, :, :, self.used:self.used + keys.shape[2]] = values
-        self.used += keys.shape[2]
-        self.keys, self.values = self.buffer[:, :, :, :self.used]
+            self.buffer = keys.new_empty(batch, 2, heads, self.slots, width)
+        new = slice(self.used, self.used + keys.shape[2])
+        self.buffer[:, 0, :, new], self.buffer[:, 1, :, new] = keys, values
+        self.used = new.stop
+        self.keys, self.values = self.buffer[:, :, :, :self.used].unbind(1)
         return self.keys, self.values
-
-    def take(self, rows):
-        """Keep (or repeat) these rows of the batch."""
-        self.buffer = self.buffer[:, rows]
-        self.keys, self.values = self.buffer[:, :, :, :self.used]
 
 
 def pick_tokens(logits, noise):
     """Draw one token a row from softmax(logits) (B, V) by inverting its CDF at noise (B,)."""
-    cdf = logits.float().softmax(-1).double().cumsum(-1)
+    cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1)
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
+def close_ranks(x, alive, left):
+    """Keep the `left` rows of x that are alive: those at the end move, in place, into the gaps."""
+    x[(~alive[:left]).nonzero()] = x[left + alive[left:].nonzero()]
+    return x[:left]
+
+
 @torch.no_grad()
-def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False, rows_at_once=256):
+def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False, slots=1 << 15):
     """Sample `per_prompt` responses to each prompt at temperature 1, as lists of token ids.
 
     Returns len(prompts) * per_prompt lists, those of one prompt side by side; each ends with `eos`
     unless it reached `max_tokens`. A prompt is prefilled once for all its samples; prompts of
-    similar lengths go together, left-padded; rows that have ended leave the batch. The noise of
-    every (row, position) is drawn beforehand: grouping and leaving rows change no distribution.
+    similar lengths go together, left-padded, in at most `slots` places of KV cache; a row that has
+    ended leaves the batch. The noise of every (row, position) is drawn beforehand, so that neither
+    the grouping nor the leaving changes what a row draws.
     """
     device, count = model.device, len(prompts) * per_prompt
     noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
@@ -126,35 +127,33 @@ def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False,
             return model(input_ids=ids, attention_mask=real, position_ids=positions, use_cache=True,
                          past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (B, V)
 
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = max(1, rows_at_once // per_prompt)
-    for group in (order[i:i + size] for i in range(0, len(order), size)):
+    for group in micro_batches([[x] for x in prompts], slots // per_prompt, extra=max_tokens):
         width = len(prompts[group[-1]])
         pad = [width - len(prompts[i]) for i in group]
         ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
-        real = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
+        real = torch.tensor([[0] * n + [1] * (width - n + max_tokens) for n in pad], device=device)
         cache = Cache(layer_class_to_replicate=partial(SlotLayer, width + max_tokens))
-        logits = forward(ids.to(device), real, (real.cumsum(1) - 1).clamp(min=0), cache)
+        positions = (real[:, :width].cumsum(1) - 1).clamp(min=0)
+        logits = forward(ids.to(device), real[:, :width], positions, cache)
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)])
-        keep = torch.arange(len(group), device=device).repeat_interleave(per_prompt)
-        rows, logits, real = rows.to(device), logits[keep], real[keep]
-        alive = torch.ones_like(keep, dtype=torch.bool)
+        rows, logits, real, place = (x.to(device).repeat_interleave(n, 0) for x, n in (
+            (rows, 1), (logits, per_prompt), (real, per_prompt), (positions[:, -1:], per_prompt)))
         for layer in cache.layers:
-            layer.take(keep)
+            layer.buffer = layer.buffer.repeat_interleave(per_prompt, 0)
         for t in range(max_tokens):
             tokens = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
-            drawn[rows[alive], t] = tokens[alive]
-            alive &= tokens != eos
+            drawn[rows, t] = tokens
+            alive = tokens != eos
             left = int(alive.sum())
             if left == 0 or t + 1 == max_tokens:
                 break
-            if left <= 0.8 * len(rows):  # worth a copy of the cache
-                keep = alive.nonzero().squeeze(1)
-                tokens, rows, real, alive = tokens[keep], rows[keep], real[keep], alive[keep]
+            if left < len(rows):
+                rows, tokens, real, place = (
+                    close_ranks(x, alive, left) for x in (rows, tokens, real, place))
                 for layer in cache.layers:
-                    layer.take(keep)
-            real = F.pad(real, (0, 1), value=1)
-            logits = forward(tokens[:, None], real, real.sum(1, keepdim=True) - 1, cache)
+                    layer.buffer = close_ranks(layer.buffer, alive, left)
+            place = place + 1
+            logits = forward(tokens[:, None], real[:, :width + t + 1], place, cache)
     responses = drawn.tolist()
     return [r[:r.index(eos) + 1] if eos in r else r for r in responses]
 

@@ -162,15 +162,21 @@ def batch_rows(step, rows, batch_size, order, shuffle_window, seed):
             for i in range(step * batch_size, (step + 1) * batch_size)]
 
 
-def micro_batches(pairs, tokens):
-    """Lists of the batch's indices: similar lengths, at most `tokens` padded tokens in each."""
-    groups, group = [], []
-    for i in sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))):
-        if group and (len(group) + 1) * sum(map(len, pairs[i])) > tokens:
+def micro_batches(rows, tokens, extra=0):
+    """Split a batch into lists of its indices, shortest rows first.
+
+    A row is some lists of ids, its length theirs together and `extra`. Rows of one micro-batch are
+    of similar lengths: at most `tokens` in all when padded, a fifth of them padding.
+    """
+    lengths = [sum(map(len, row)) + extra for row in rows]
+    groups, group, real = [], [], 0
+    for i in sorted(range(len(rows)), key=lengths.__getitem__):
+        padded, real = (len(group) + 1) * lengths[i], real + lengths[i]
+        if group and padded > min(tokens, 1.25 * real):
             groups.append(group)
-            group = []
+            group, real = [], lengths[i]
         group.append(i)
-    return [*groups, group]
+    return [*groups, group] if group else []
 
 
 def pack_pairs(pairs, device):
