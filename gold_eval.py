@@ -65,7 +65,8 @@ def parse_args(argv=None):
         p.add_argument("--out", required=True, help="file to write")
         p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
         p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
-        p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
+        p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
+                       default=16384 if torch.cuda.is_available() else 1024)
         p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
         p.add_argument("--trust-remote-code", action="store_true",
                        help="run code that --model ships")
@@ -76,23 +77,53 @@ def parse_args(argv=None):
 
 
 class SlotLayer(DynamicLayer):
-    """One layer's KV cache in a buffer made once: a step writes one slot, and copies nothing."""
+    """One layer's KV cache with free places: a step writes one of them, and copies nothing."""
 
-    def __init__(self, slots):
+    def __init__(self, buffer, used):
         super().__init__()
-        self.slots, self.used = slots, 0
+        self.buffer, self.used, self.is_initialized = buffer, used, True  # (B, 2, heads, W, width)
 
     def update(self, keys, values, *args, **kwargs):
-        """Write the new (B, heads, new, width) keys and values; return all so far, as views."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            batch, heads, _, width = keys.shape
-            self.buffer = keys.new_empty(batch, 2, heads, self.slots, width)
-        new = slice(self.used, self.used + keys.shape[2])
-        self.buffer[:, 0, :, new], self.buffer[:, 1, :, new] = keys, values
-        self.used = new.stop
+        """Write the new (B, heads, 1, width) keys and values; return all so far, as views."""
+        self.buffer[:, :, :, self.used] = torch.stack([keys[:, :, 0], values[:, :, 0]], 1)
+        self.used += 1
         self.keys, self.values = self.buffer[:, :, :, :self.used].unbind(1)
         return self.keys, self.values
+
+    def get_seq_length(self):
+        return self.used
+
+
+def next_logits(model, ids, real, places, cache):
+    """Next-token logits (B, V) after ids (B, T) at `places`; real (B, all so far) hides padding."""
+    with autocast(model.device):
+        return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
+                     past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+
+def prefill(model, prompts, per_prompt, room):
+    """Compute each prompt once and repeat it for its samples, B = len(prompts) * per_prompt rows.
+
+    Returns (cache, logits (B, V), real (B, W + room)): prompts, given in order of length, are
+    computed in groups of little padding, then left-padded to one width W with `room` free places.
+    """
+    width, caches, logits, real = len(prompts[-1]), [], [], []
+    for group in micro_batches([[x] for x in prompts], 1 << 14):
+        pad = [len(prompts[group[-1]]) - len(prompts[i]) for i in group]
+        ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * len(prompts[i])
+                             for n, i in zip(pad, group, strict=True)]).to(model.device)
+        caches.append(Cache(layer_class_to_replicate=DynamicLayer))
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        logits.append(next_logits(model, ids.to(model.device), mask, places, caches[-1]))
+        real.append(F.pad(F.pad(mask, (width - mask.shape[1], 0)), (0, room), value=1))
+    layers = []
+    for same in zip(*(cache.layers for cache in caches), strict=True):
+        parts = [torch.stack([part.keys, part.values], 1) for part in same]
+        buffer = torch.cat([F.pad(x, (0, 0, width - x.shape[3], room)) for x in parts])
+        layers.append(SlotLayer(buffer.repeat_interleave(per_prompt, 0), width))
+    logits, real = (torch.cat(x).repeat_interleave(per_prompt, 0) for x in (logits, real))
+    return Cache(layers=layers), logits, real
 
 
 def pick_tokens(logits, noise):
@@ -100,12 +131,6 @@ def pick_tokens(logits, noise):
     cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1)
     return tokens.clamp(max=logits.shape[-1] - 1)
-
-
-def close_ranks(x, alive, left):
-    """Keep the `left` rows of x that are alive: those at the end move, in place, into the gaps."""
-    x[(~alive[:left]).nonzero()] = x[left + alive[left:].nonzero()]
-    return x[:left]
 
 
 @torch.no_grad()
@@ -121,25 +146,12 @@ def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False,
     device, count = model.device, len(prompts) * per_prompt
     noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
     drawn = torch.full((count, max_tokens), eos, device=device)
-
-    def forward(ids, real, positions, cache):
-        with autocast(device):
-            return model(input_ids=ids, attention_mask=real, position_ids=positions, use_cache=True,
-                         past_key_values=cache, logits_to_keep=1).logits[:, -1]  # (B, V)
-
-    for group in micro_batches([[x] for x in prompts], slots // per_prompt, extra=max_tokens):
-        width = len(prompts[group[-1]])
-        pad = [width - len(prompts[i]) for i in group]
-        ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
-        real = torch.tensor([[0] * n + [1] * (width - n + max_tokens) for n in pad], device=device)
-        cache = Cache(layer_class_to_replicate=partial(SlotLayer, width + max_tokens))
-        positions = (real[:, :width].cumsum(1) - 1).clamp(min=0)
-        logits = forward(ids.to(device), real[:, :width], positions, cache)
+    for group in micro_batches([[x] for x in prompts], slots // per_prompt, max_tokens, 0.7):
+        cache, logits, real = prefill(model, [prompts[i] for i in group], per_prompt, max_tokens)
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)])
-        rows, logits, real, place = (x.to(device).repeat_interleave(n, 0) for x, n in (
-            (rows, 1), (logits, per_prompt), (real, per_prompt), (positions[:, -1:], per_prompt)))
-        for layer in cache.layers:
-            layer.buffer = layer.buffer.repeat_interleave(per_prompt, 0)
+        rows = rows.to(device)
+        width = real.shape[1] - max_tokens
+        places = real[:, :width].sum(1, keepdim=True)  # of the first new token
         for t in range(max_tokens):
             tokens = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
             drawn[rows, t] = tokens
@@ -148,19 +160,23 @@ def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False,
             if left == 0 or t + 1 == max_tokens:
                 break
             if left < len(rows):
-                rows, tokens, real, place = (
-                    close_ranks(x, alive, left) for x in (rows, tokens, real, place))
+                gaps = (~alive[:left]).nonzero().squeeze(1)
+                last = left + alive[left:].nonzero().squeeze(1)
+                for x in (rows, tokens, real, places, *(layer.buffer for layer in cache.layers)):
+                    x[gaps] = x[last]  # rows at the end move into the places of those that ended
+                rows, tokens, real, places = (x[:left] for x in (rows, tokens, real, places))
                 for layer in cache.layers:
-                    layer.buffer = close_ranks(layer.buffer, alive, left)
-            place = place + 1
-            logits = forward(tokens[:, None], real[:, :width + t + 1], place, cache)
+                    layer.buffer = layer.buffer[:left]
+            seen = real[:, :width + t + 1]
+            logits = next_logits(model, tokens[:, None], seen, places + t, cache)
     responses = drawn.tolist()
     return [r[:r.index(eos) + 1] if eos in r else r for r in responses]
 
 
 # ---- log-probs and KL ----------------------------------------------------------------------------
 
-LOGITS_AT_ONCE = 1 << 24  # logits of one chunk: 64 MB in fp32, whatever the vocabulary
+# Logits of one chunk, whatever the vocabulary: 16 MB on CPU (near the caches), 256 MB on CUDA.
+LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 22)
 
 
 def token_logps(head, hidden, targets):

@@ -61,7 +61,8 @@ def parse_args(argv=None):
     for p in (train, label):
         p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
         p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
-        p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
+        p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
+                       default=16384 if torch.cuda.is_available() else 1024)
         p.add_argument("--trust-remote-code", action="store_true",
                        help="run code that --model ships")
     return parser.parse_args(argv)
@@ -164,17 +165,17 @@ def batch_rows(step, rows, batch_size, order, shuffle_window, seed):
             for i in range(step * batch_size, (step + 1) * batch_size)]
 
 
-def micro_batches(rows, tokens, extra=0):
+def micro_batches(rows, tokens, extra=0, padding=0.2):
     """Split a batch into lists of its indices, shortest rows first.
 
     A row is some lists of ids, its length theirs together and `extra`. Rows of one micro-batch are
-    of similar lengths: at most `tokens` in all when padded, a fifth of them padding.
+    of similar lengths: at most `tokens` in all when padded, at most a share `padding` of it.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
     groups, group, real = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
         padded, real = (len(group) + 1) * lengths[i], real + lengths[i]
-        if group and padded > min(tokens, 1.25 * real):
+        if group and padded > min(tokens, real / (1 - padding)):
             groups.append(group)
             group, real = [], lengths[i]
         group.append(i)

@@ -18,6 +18,7 @@ MIT licence. `diff slic.py dpo.py` shows another loss, `diff slic.py online_rlhf
 import argparse
 import copy
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +56,8 @@ def parse_args(argv=None):
                    help="shuffle within windows of this many batches (0: the whole file, 1: kept)")
     p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
     p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
-    p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
+    p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
+                   default=16384 if torch.cuda.is_available() else 1024)
     p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
@@ -167,17 +169,17 @@ def batch_rows(step, rows, batch_size, order, shuffle_window, seed):
             for i in range(step * batch_size, (step + 1) * batch_size)]
 
 
-def micro_batches(rows, tokens, extra=0):
+def micro_batches(rows, tokens, extra=0, padding=0.2):
     """Split a batch into lists of its indices, shortest rows first.
 
     A row is some lists of ids, its length theirs together and `extra`. Rows of one micro-batch are
-    of similar lengths: at most `tokens` in all when padded, a fifth of them padding.
+    of similar lengths: at most `tokens` in all when padded, at most a share `padding` of it.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
     groups, group, real = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
         padded, real = (len(group) + 1) * lengths[i], real + lengths[i]
-        if group and padded > min(tokens, 1.25 * real):
+        if group and padded > min(tokens, real / (1 - padding)):
             groups.append(group)
             group, real = [], lengths[i]
         group.append(i)
@@ -250,7 +252,8 @@ def check_lengths(model, args):
              f"{args.max_response_tokens} exceed the model's {limit} positions; lower one")
 
 
-LOGITS_AT_ONCE = 1 << 24  # logits of one chunk: 64 MB in fp32, whatever the vocabulary
+# Logits of one chunk, whatever the vocabulary: 16 MB on CPU (near the caches), 256 MB on CUDA.
+LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 22)
 
 
 def token_logps(head, hidden, targets):
@@ -334,6 +337,28 @@ def reference_logps(model, logps_of, pairs, tokens):
     for rows in micro_batches(pairs, tokens):
         with autocast(model.device):
             logps[:, rows] = logps_of(model, [pairs[i] for i in rows]).cpu()
+    return logps
+
+
+def data_reference_logps(model, logps_of, pairs, batches, tokens, folder):
+    """(2, pairs) log-probs under the reference, once a row, in the micro-batches of training.
+
+    Kept in `folder` under a hash of all that they depend on: the next run on the same model, pairs
+    and order finds them there. Rows that no batch holds are NaN.
+    """
+    digest = hashlib.sha256(json.dumps(
+        [logps_of.__name__, tokens, str(model.device), pairs, batches]).encode())
+    for weight in model.parameters():
+        digest.update(weight.detach().cpu().numpy().data)
+    path = os.path.join(folder, f"reference-{digest.hexdigest()[:16]}.safetensors")
+    if os.path.exists(path):
+        return load_file(path)["logps"]
+    logps = torch.full((2, len(pairs)), torch.nan)
+    for rows in tqdm(batches, "reference log-probs", disable=not sys.stderr.isatty()):
+        if logps[0, rows].isnan().any():
+            logps[:, rows] = reference_logps(model, logps_of, [pairs[i] for i in rows], tokens)
+    save_file({"logps": logps}, path + ".tmp")
+    os.replace(path + ".tmp", path)
     return logps
 
 
@@ -484,14 +509,12 @@ def main(args):
     batch = partial(batch_rows, rows=len(pairs), batch_size=args.batch_size, order=args.order,
                     shuffle_window=args.shuffle_window, seed=args.seed)
     quiet = not sys.stderr.isatty()
-    ref_logps = torch.full((2, len(pairs)), torch.nan)  # once a row, while policy == reference
-    for step in tqdm(range(args.steps), "reference log-probs", disable=quiet):
-        rows = batch(step)
-        if args.no_reference:
-            ref_logps.zero_()
-        elif ref_logps[0, rows].isnan().any():
-            ref_logps[:, rows] = reference_logps(policy, logps_of, [pairs[i] for i in rows],
-                                                 args.tokens_per_microbatch)
+    if args.no_reference:
+        ref_logps = torch.zeros(2, len(pairs))
+    else:
+        ref_logps = data_reference_logps(
+            policy, logps_of, pairs, [batch(step) for step in range(args.steps)],
+            args.tokens_per_microbatch, os.path.dirname(os.path.abspath(args.out)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     save_path = f"{args.out}/checkpoint.safetensors"
     start = load_checkpoint(save_path, policy, optimizer)

@@ -47,7 +47,7 @@ class Pipeline:
 
     def __init__(self, name):
         self.data, self.runs, self.stages = f"data/{name}", f"runs/{name}", []
-        lengths = dict(max_prompt_tokens=32, max_response_tokens=96)
+        lengths = dict(max_prompt_tokens=32, max_response_tokens=96, tokens_per_microbatch=8192)
         self.lengths, data, runs = lengths, self.data, self.runs
         preference = dict(kind="pointwise", steps=1200, batch_size=64, lr=1e-3, warmup=50,
                           resume=True, **lengths)

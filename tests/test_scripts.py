@@ -39,6 +39,20 @@ def test_same_seed_same_bits(toy, tmp_path, script):
     assert a[0]["loss"] == pytest.approx(first, abs=1e-5)
 
 
+def test_reference_log_probs_are_kept(toy, tmp_path, monkeypatch):
+    """A second run on the same model and pairs reads them; another order computes its own."""
+    import dpo
+
+    first = timeless(offline(toy, "dpo", f"{tmp_path}/a"))
+    (kept,) = tmp_path.glob("reference-*.safetensors")
+    monkeypatch.setattr(dpo, "reference_logps", lambda *_: pytest.fail("computed again"))
+    assert timeless(offline(toy, "dpo", f"{tmp_path}/b")) == first
+    monkeypatch.undo()
+    offline(toy, "dpo", f"{tmp_path}/c", order="kept")
+    offline(toy, "dpo", f"{tmp_path}/d", model=f"{tmp_path}/a")
+    assert len(list(tmp_path.glob("reference-*.safetensors"))) == 3 and kept.exists()
+
+
 def test_policy_moved_and_its_start_did_not(toy, tmp_path):
     before = weights_of(f"{toy}/sft")
     offline(toy, "dpo", f"{tmp_path}/dpo")
