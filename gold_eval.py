@@ -37,6 +37,7 @@ from reward import (
     autocast,
     check_lengths,
     fail,
+    guard,
     load_labeller,
     load_pairs,
     micro_batches,
@@ -442,4 +443,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    guard(main, parse_args())

@@ -27,7 +27,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -74,6 +74,20 @@ def fail(message):
     raise SystemExit(2)
 
 
+def guard(main, args):
+    """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
+        if type(value) in (int, float) and not least <= value < float("inf"):
+            fail(f"--{name.replace('_', '-')} {value} is out of range")
+    try:
+        main(args)
+    except torch.OutOfMemoryError:
+        fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+    except (OSError, SafetensorError) as e:  # a full disk, say
+        fail(f"{getattr(e, 'filename', None) or args.out}: {e}; what was saved before is whole")
+
+
 def read_jsonl(path):
     """Yield (line number, object) of a .jsonl or .jsonl.gz file; what is malformed is an error."""
     number = 0
@@ -116,14 +130,18 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
         try:
             if "prompt_ids" in row:
                 streamed.append((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))
+                if not all(0 <= i < len(tokenizer) for ids in streamed[-1] for i in ids):
+                    fail(f"{where}: token ids that the tokenizer does not have")
             else:
                 texts.append((prompt_text(row["prompt"], tokenizer, where), *(
                     side if isinstance(side, str) else side[-1]["content"]
                     for side in (row["chosen"], row["rejected"]))))
-                if not all(isinstance(text, str) for text in texts[-1]):
-                    raise TypeError
+                for text in texts[-1]:
+                    str.encode(text)  # a TypeError where it is no string
         except KeyError as key:
             fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
+        except UnicodeEncodeError:
+            fail(f"{where}: text with half a surrogate pair, which has no UTF-8; mend the row")
         except (TypeError, IndexError):
             fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages")
     if streamed and texts or not (streamed or texts):
@@ -280,13 +298,16 @@ def load_checkpoint(path, model, optimizer):
     """Load what `save_checkpoint` wrote, where there is one; returns the steps done so far."""
     if not os.path.exists(path):
         return 0
-    with safe_open(path, "pt") as f:
-        for name, weight in model.named_parameters():
-            weight.data.copy_(f.get_tensor(f"weight.{name}"))
-            for key in ("step", "exp_avg", "exp_avg_sq") if optimizer else ():
-                value = f.get_tensor(f"{key}.{name}")
-                optimizer.state[weight][key] = value.to(weight.device)
-        return int(f.metadata()["step"])
+    try:
+        with safe_open(path, "pt") as f:
+            for name, weight in model.named_parameters():
+                weight.data.copy_(f.get_tensor(f"weight.{name}"))
+                for key in ("step", "exp_avg", "exp_avg_sq") if optimizer else ():
+                    value = f.get_tensor(f"{key}.{name}")
+                    optimizer.state[weight][key] = value.to(weight.device)
+            return int(f.metadata()["step"])
+    except (SafetensorError, RuntimeError) as e:
+        fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
 
 
 def cut_jsonl(path, step):
@@ -544,4 +565,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    guard(main, parse_args())

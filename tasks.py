@@ -253,6 +253,7 @@ def convert(row, name, as_text):
     if None in (prompt, chosen, rejected) or (
             isinstance(prompt, list) and any(m["content"] is None for m in prompt)):
         raise Drop("null")
+    json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()  # no half surrogate pairs
     if not chosen.strip() or not rejected.strip():
         raise Drop("empty answer")
     if chosen == rejected:

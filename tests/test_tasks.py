@@ -1,7 +1,9 @@
 """Data in every shape the hub has, counted drops, and the toy language with its utility."""
 
+import gzip
 import json
 import math
+import sys
 from collections import Counter
 
 import pytest
@@ -126,6 +128,43 @@ def test_hub_shapes(file):
         assert pairs[0]["chosen"].startswith(" flatmate ignores the dishes")
     if name == "arena":
         assert pairs[0]["prompt"][-1]["role"] == "user"
+
+
+def test_from_the_hub_by_name(tmp_path, monkeypatch, capsys):
+    """What is asked of the hub, by a local copy; what cannot be had is one line."""
+    import huggingface_hub
+
+    file = tmp_path / "train.jsonl.gz"
+    with gzip.open(file, "wt") as f:
+        f.write(json.dumps({"chosen": transcript("a", "b"), "rejected": transcript("a", "c")}))
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda *a, **k: asked.append((a, k)) or str(file))
+    tasks.main(tasks.parse_args(["helpful", "--out", f"{tmp_path}/h"]))
+    assert asked == [(("Anthropic/hh-rlhf", "helpful-base/train.jsonl.gz"),
+                      {"repo_type": "dataset"})]
+    assert rows_of(f"{tmp_path}/h/initial.jsonl")[0]["chosen"] == " b"
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    for name, says in (("harmless", "--file"), ("tldr", "pip install datasets")):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(SystemExit) as stop:
+            tasks.main(tasks.parse_args([name, "--out", f"{tmp_path}/{name}"]))
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+
+    from types import SimpleNamespace  # parquet: the rows that `datasets` would give
+
+    row = {"info": {"post": "p", "title": "t", "subreddit": "s"}, "choice": 1,
+           "summaries": [{"text": " x"}, {"text": " y"}]}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(
+        load_dataset=lambda *a, **k: asked.append((a, k)) or [row]))
+    tasks.main(tasks.parse_args(["tldr", "--out", f"{tmp_path}/tldr"]))
+    assert asked[-1] == (("openai/summarize_from_feedback", "comparisons"),
+                         {"revision": "refs/convert/parquet", "split": "train"})
+    assert rows_of(f"{tmp_path}/tldr/initial.jsonl")[0]["chosen"] == " y"
 
 
 @pytest.mark.parametrize("name", ["helpful", "harmless"])

@@ -1,0 +1,199 @@
+"""What goes wrong in the field: odd data, odd flags, a full disk, a kill at any moment.
+
+    KILLS=30 python -m pytest tests/test_faults.py -k kill      # the long form: every script
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, flags, rows_of, same_weights
+from test_data import load, pair, tokenizer
+from test_scripts import timeless
+
+KILLS = int(os.environ.get("KILLS", 0))
+SCRIPTS = ["dpo", "online_rlhf"] if not KILLS else [
+    "sft", "reward", "dpo", "ipo", "slic", "bo2", "online_rlhf"]
+
+
+# ---- odd data ------------------------------------------------------------------------------------
+
+
+def test_data_that_is_odd_but_right(tmp_path):
+    tok = tokenizer()
+    plain = load(tmp_path, [pair(), pair()], tok)  # duplicates are the user's affair
+    assert len(plain) == 2 and len(load(tmp_path, [pair()], tok)) == 1
+    path = tmp_path / "odd.jsonl"
+    line = json.dumps(pair())
+    for text in (f"\ufeff{line}\r\n{line}\r\n", f"\n{line}\n\n{line}", line + "\n" + line + "\n"):
+        path.write_bytes(text.encode())
+        import dpo
+
+        assert dpo.load_pairs(str(path), tok, 10, 10) == plain
+    long = load(tmp_path, [pair(prompt="a " * 500_000)], tok)
+    assert long[0][0] == [4] * 10
+    assert load(tmp_path, [pair(prompt="a\0b")], tok)[0][0] == [3]  # a null byte is a character
+
+
+@pytest.mark.parametrize("row, says", [
+    (pair(prompt="\ud800"), "half a surrogate pair"),
+    (pair(chosen=None), "must be strings"),
+    (pair(chosen=[]), "must be strings"),
+    (pair(prompt={"role": "user"}), "must be strings"),
+    ({"prompt_ids": [3], "chosen_ids": [99], "rejected_ids": [1]}, "does not have"),
+    ({"prompt_ids": [3], "chosen_ids": "ab", "rejected_ids": [1]}, "must be"),
+    ({"prompt_ids": 3, "chosen_ids": [1], "rejected_ids": [1]}, "must be"),
+])
+def test_data_that_is_wrong(tmp_path, capsys, row, says):
+    with pytest.raises(SystemExit) as stop:
+        load(tmp_path, [row], tokenizer(template="{{ messages }}"))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and says in err and "pairs.jsonl:1" in err
+
+
+def test_fuzzed_pairs(tmp_path, capsys):
+    """10,000 mutations of a right file: its rows or one clean line, never a traceback or a drop."""
+    import dpo
+
+    rng, tok, path = random.Random(0), tokenizer(), tmp_path / "fuzz.jsonl"
+    right = (json.dumps(pair()) + "\n" + json.dumps(pair("c", "d", "e f")) + "\n").encode()
+    loaded = refused = 0
+    for _ in range(10_000):
+        text = bytearray(right)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(text))
+            change = rng.choice(["flip", "cut", "insert", "double"])
+            if change == "flip":
+                text[at] = rng.randrange(256)
+            elif change == "cut":
+                del text[at:at + rng.randint(1, 9)]
+            elif change == "insert":
+                text[at:at] = rng.choice([b"\n", b'"', b"\\ud800", b"{", b"null", b"\xff", b"[1]"])
+            else:
+                text[at:at] = text[at:at + 9]
+            text = text or bytearray(b" ")
+        path.write_bytes(text)
+        try:
+            pairs = dpo.load_pairs(str(path), tok, 10, 10)
+            assert len(pairs) == sum(bool(x.strip()) for x in text.decode("utf-8-sig").replace(
+                "\r\n", "\n").replace("\r", "\n").split("\n"))
+            loaded += 1
+        except SystemExit as stop:
+            err = capsys.readouterr().err
+            assert stop.code == 2 and len(err.strip().splitlines()) == 1 and str(path) in err
+            refused += 1
+    assert loaded > 100 and refused > 1000
+
+
+@pytest.mark.parametrize("flag", ["--steps=0", "--lr=-1", "--lr=nan", "--batch-size=-4",
+                                  "--seed=-1", "--beta=0", "--max-response-tokens=0"])
+def test_flags_out_of_range(flag, capsys):
+    import dpo
+
+    args = dpo.parse_args(["--model", "m", "--data", "d", "--out", "o", flag])
+    with pytest.raises(SystemExit) as stop:
+        dpo.guard(dpo.main, args)
+    assert stop.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+
+
+def command(script, toy, out, **kwargs):
+    given = dict(model=f"{toy}/sft", out=out, steps=40, batch_size=8, save_every=7, lr=1e-3,
+                 warmup=2, max_prompt_tokens=32, max_response_tokens=40) | kwargs
+    if script == "online_rlhf":
+        given |= dict(labeller=f"{toy}/proxy", prompts=f"{toy}/data/golden.jsonl")
+    else:
+        given["data"] = f"{toy}/data/golden.jsonl"
+    if script == "reward":
+        given |= dict(kind="pairwise", eval_every=5)
+    return [sys.executable, f"{ROOT}/{script}.py", *(["train"] if script == "reward" else []),
+            *flags(**given)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_random_moments(toy, tmp_path, script):
+    """SIGKILL, resume, again and again: in the end the bits of the uninterrupted run."""
+    began = time.perf_counter()
+    subprocess.run(command(script, toy, f"{tmp_path}/whole"), check=True, capture_output=True)
+    whole, rng = time.perf_counter() - began, random.Random(script)
+    out, killed = f"{tmp_path}/killed", 0
+    words = command(script, toy, out, resume=True)
+    for _ in range(KILLS or 2):
+        run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(rng.uniform(0.3 if KILLS else 0.6, 0.99) * whole)
+        run.kill()
+        err = run.communicate()[1].decode()
+        if os.path.exists(f"{out}/final"):
+            break
+        assert run.returncode == -signal.SIGKILL, err
+        killed += 1
+    if not os.path.exists(f"{out}/final"):
+        subprocess.run(words, check=True, capture_output=True)
+    print(f"{script}: killed {killed} times")
+    assert same_weights(out, f"{tmp_path}/whole")
+    assert timeless(rows_of(f"{out}/metrics.jsonl")) == timeless(rows_of(
+        f"{tmp_path}/whole/metrics.jsonl"))
+    if script == "online_rlhf":
+        assert rows_of(f"{out}/stream.jsonl") == rows_of(f"{tmp_path}/whole/stream.jsonl")
+
+
+def test_full_disk_loses_nothing(toy, tmp_path):
+    """A file-size limit below the checkpoint's: one line, status 2; with room again it goes on."""
+    out = f"{tmp_path}/r"
+    words = command("dpo", toy, out, resume=True)
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    full = subprocess.run(words, preexec_fn=limit, capture_output=True, text=True)
+    assert full.returncode == 2 and len(full.stderr.strip().splitlines()) == 1, full.stderr
+    assert "saved before is whole" in full.stderr
+    assert len(rows_of(f"{out}/metrics.jsonl")) == 7
+    subprocess.run(words, check=True, capture_output=True)
+    subprocess.run(command("dpo", toy, f"{tmp_path}/whole"), check=True, capture_output=True)
+    assert same_weights(out, f"{tmp_path}/whole")
+
+
+def test_damaged_checkpoint_is_named(toy, tmp_path):
+    out = tmp_path / "r"
+    out.mkdir()
+    (out / "checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      cut")
+    done = subprocess.run(command("dpo", toy, str(out), resume=True), capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and "checkpoint.safetensors is damaged" in done.stderr
+
+
+# ---- no pickle -----------------------------------------------------------------------------------
+
+
+def test_no_pickle_anywhere():
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        for word in ("torch.load", "torch.save", "pickle", "eval(", "exec("):
+            assert word not in text.replace("model.eval()", "").replace(".eval()", ""), (path, word)
+        if "from_pretrained(" in text and path.name not in ("tasks.py",):
+            assert "use_safetensors=True" in text and "trust_remote_code=trust_remote_code" in text
+
+
+def test_pickled_weights_are_refused(toy, tmp_path):
+    """A model folder whose weights are a pickle bomb: refused, not run."""
+    import shutil
+
+    shutil.copytree(f"{toy}/sft/final", tmp_path / "bomb")
+    (tmp_path / "bomb/model.safetensors").unlink()
+    target = tmp_path / "boom"
+    (tmp_path / "bomb/pytorch_model.bin").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(target).encode() + b"'\ntR.")
+    done = subprocess.run(command("dpo", tmp_path, f"{tmp_path}/r", model=f"{tmp_path}/bomb"),
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot load a model" in done.stderr
+    assert not target.exists()
