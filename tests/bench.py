@@ -49,7 +49,8 @@ def parse_args(argv=None):
     p.add_argument("--new-tokens", type=int, default=64, help="sampled tokens a row")
     p.add_argument("--max-prompt-tokens", type=int, default=448, help="the left is cut")
     p.add_argument("--max-response-tokens", type=int, default=512, help="the right is cut")
-    p.add_argument("--tokens-per-microbatch", type=int, default=8192, help="lower saves memory")
+    p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
+                   default=16384 if torch.cuda.is_available() else 1024)
     return p.parse_args(argv)
 
 
