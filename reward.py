@@ -525,10 +525,10 @@ def train(args):
     best = load_checkpoint(best_path, model, None)
     found = {"step": best, **assess(model, validation, args.tokens_per_microbatch)}
     found["train_accuracy"] = assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"]
+    with open(f"{args.out}/assessment.json", "w") as f:
+        json.dump(found, f)
     save_final(model, tokenizer, args.out)
     os.remove(best_path)
-    with open(f"{args.out}/final/assessment.json", "w") as f:
-        json.dump(found, f, indent=1)
     print(f"{args.out}: {args.kind}, best at step {best} of {done}: validation accuracy "
           f"{found['accuracy']:.3f} (train {found['train_accuracy']:.3f}), ECE {found['ece']:.3f}, "
           f"the two orders disagree on {found['order_disagreement']:.1%}")
