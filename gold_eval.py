@@ -97,9 +97,8 @@ class SlotLayer(DynamicLayer):
 
 def next_logits(model, ids, real, places, cache):
     """Next-token logits (B, V) after ids (B, T) at `places`; real (B, all so far) hides padding."""
-    with autocast(model.device):
-        return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
-                     past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
+                 past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
 
 def prefill(model, prompts, per_prompt, room):
@@ -356,8 +355,9 @@ def evaluate(policy, judge):
     draw = partial(sample, policy, max_tokens=judge.max_tokens, eos=judge.tokenizer.eos_token_id,
                    generator=generator)
     twice = judge.prompts[:KL_PROMPTS]
-    two = draw(twice, 2)  # two responses each, for the self-classification
-    responses = two[::2] + draw(judge.prompts[KL_PROMPTS:], 1)
+    with autocast(policy.device):  # around all steps, so that the weights are cast once
+        two = draw(twice, 2)  # two responses each, for the self-classification
+        responses = two[::2] + draw(judge.prompts[KL_PROMPTS:], 1)
 
     margins = prefer(judge.gold, list(zip(judge.prompts, responses, judge.baseline, strict=True)),
                      judge.tokens)
@@ -394,9 +394,13 @@ def write_samples(args, policy, tokenizer, device):
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     prompts = [list(p) for p in dict.fromkeys(tuple(p) for p, _, _ in pairs)][:args.prompts]
     generator = torch.Generator().manual_seed(args.seed)
-    draw = partial(sample, max_tokens=args.max_response_tokens, eos=tokenizer.eos_token_id,
-                   generator=generator, per_prompt=1)
-    responses = draw(policy, prompts)
+
+    def draw(model):
+        with autocast(device):
+            return sample(model, prompts, 1, args.max_response_tokens, tokenizer.eos_token_id,
+                          generator)
+
+    responses = draw(policy)
     if not args.other:
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         return [{"prompt_ids": p, "response_ids": r, "prompt": decode(p), "response": decode(r)}
@@ -407,7 +411,7 @@ def write_samples(args, policy, tokenizer, device):
     gold = load_labeller(args.gold, tokenizer, device, args.trust_remote_code)
     if own.get_vocab() != tokenizer.get_vocab():
         fail(f"{args.other} has another tokenizer than {args.model}")
-    pairs = list(zip(prompts, responses, draw(other, prompts), strict=True))
+    pairs = list(zip(prompts, responses, draw(other), strict=True))
     margins = prefer(gold, pairs, args.tokens_per_microbatch).tolist()
     print(f"{args.model} is preferred to {args.other} on {sum(m > 0 for m in margins):,} of "
           f"{len(pairs):,} pairs; {sum(a == b for _, a, b in pairs):,} are equal")

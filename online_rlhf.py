@@ -388,9 +388,8 @@ class SlotLayer(DynamicLayer):
 
 def next_logits(model, ids, real, places, cache):
     """Next-token logits (B, V) after ids (B, T) at `places`; real (B, all so far) hides padding."""
-    with autocast(model.device):
-        return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
-                     past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
+                 past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
 
 def prefill(model, prompts, per_prompt, room):
@@ -647,8 +646,9 @@ def main(args):
         done, began, rows = step + 1, time.perf_counter(), batch(step)
         prompts = [data[i][0] for i in rows]
         noise = torch.Generator().manual_seed((args.seed + 1 << 32) + step)  # of this step alone
-        responses = sample(policy, prompts, 2, args.max_response_tokens, tokenizer.eos_token_id,
-                           noise)
+        with autocast(device):  # around all steps, so that the weights are cast once
+            responses = sample(policy, prompts, 2, args.max_response_tokens,
+                               tokenizer.eos_token_id, noise)
         batch_pairs = list(zip(prompts, responses[::2], responses[1::2], strict=True))
         margins = prefer(labeller, batch_pairs, args.tokens_per_microbatch).tolist()
         batch_pairs = [(x, a, b) if margin >= 0 else (x, b, a)
@@ -678,10 +678,10 @@ def main(args):
         append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in (
             "loss", "ties", "tokens_per_s", "gold/win_rate") if k in metrics})
-        if caught or (done % args.save_every == 0 and done < args.steps):
+        if done < args.steps and (caught or done % args.save_every == 0):
             save_checkpoint(save_path, policy, optimizer, done)
-        if caught:
-            stop_run(caught[0], done, save_path)
+            if caught:
+                stop_run(caught[0], done, save_path)
     save_final(policy, tokenizer, args.out)
     print(f"{args.out}: {args.steps} steps, " + ", ".join(
         f"{k} {metrics[k]:.4g}" for k in metrics if k.startswith(("loss", "rewards/a", "gold/"))))

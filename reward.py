@@ -487,7 +487,10 @@ def train(args):
                if "validation/accuracy" in row]
     caught, quiet = catch_signals(), not sys.stderr.isatty()
     bar = tqdm(range(start, args.steps), "reward", args.steps, initial=start, disable=quiet)
+    done = start
     for step in bar:
+        if history and history[::-1].index(max(history)) >= args.patience:
+            break  # it has levelled off
         done, began = step + 1, time.perf_counter()
         rows = batch_rows(step, len(pairs), args.batch_size, "shuffled", 0, args.seed)
         coin = torch.Generator().manual_seed(1_000_003 * args.seed + step)
@@ -516,12 +519,10 @@ def train(args):
         append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "accuracy", "validation/accuracy",
                                                          "tokens_per_s") if k in metrics})
-        if caught or (done % args.save_every == 0 and done < args.steps):
+        if done < args.steps and (caught or done % args.save_every == 0):
             save_checkpoint(save_path, model, optimizer, done)
-        if caught:
-            stop_run(caught[0], done, save_path)
-        if history and history[::-1].index(max(history)) >= args.patience:
-            break  # it has levelled off
+            if caught:
+                stop_run(caught[0], done, save_path)
     best = load_checkpoint(best_path, model, None)
     found = {"step": best, **assess(model, validation, args.tokens_per_microbatch)}
     found["train_accuracy"] = assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"]

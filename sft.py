@@ -452,10 +452,10 @@ def main(args):
                    "tokens_per_s": round(tokens_per_s)}
         append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "tokens_per_s")})
-        if caught or (done % args.save_every == 0 and done < args.steps):
+        if done < args.steps and (caught or done % args.save_every == 0):
             save_checkpoint(save_path, policy, optimizer, done)
-        if caught:
-            stop_run(caught[0], done, save_path)
+            if caught:
+                stop_run(caught[0], done, save_path)
     save_final(policy, tokenizer, args.out)
     print(f"{args.out}: {args.steps} steps, loss {metrics['loss']:.4g} nats a token")
 

@@ -3,7 +3,9 @@
 import gzip
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -147,6 +149,21 @@ script.main(script.parse_args(sys.argv[1:]))
     assert same_weights(out, f"{tmp_path}/whole")
     if script == "online_rlhf":
         assert rows_of(f"{out}/stream.jsonl") == rows_of(f"{tmp_path}/whole/stream.jsonl")
+
+
+def test_a_signal_in_the_last_step_finishes(toy, tmp_path, monkeypatch):
+    import dpo
+
+    write = dpo.append_jsonl
+
+    def append_jsonl(path, rows):
+        write(path, rows)
+        if rows[0]["step"] == SHORT["steps"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(dpo, "append_jsonl", append_jsonl)
+    offline(toy, "dpo", f"{tmp_path}/a")
+    assert os.path.exists(f"{tmp_path}/a/final/model.safetensors")
 
 
 def test_evaluation_never_shifts_training(toy, tmp_path):
