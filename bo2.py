@@ -72,7 +72,7 @@ def guard(main, args):
     """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
     for name, value in vars(args).items():
         least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
-        if type(value) in (int, float) and not least <= value < float("inf"):
+        if type(value) in (int, float) and not least <= value < 1 << 31:
             fail(f"--{name.replace('_', '-')} {value} is out of range")
     try:
         main(args)
@@ -111,7 +111,10 @@ def prompt_text(prompt, tokenizer, where):
     if not tokenizer.chat_template:
         fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
              "use a chat model, or write text (tasks.py --text)")
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # templates raise what they like: a role they do not know, say
+        fail(f"{where}: the tokenizer's chat template refuses the prompt ({e})")
 
 
 def load_pairs(path, tokenizer, max_prompt, max_response):
@@ -127,8 +130,9 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
         try:
             if "prompt_ids" in row:
                 streamed.append((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))
-                if not all(0 <= i < len(tokenizer) for ids in streamed[-1] for i in ids):
-                    fail(f"{where}: token ids that the tokenizer does not have")
+                if not all(ids and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
+                           for ids in streamed[-1]):
+                    fail(f"{where}: ids must be lists of tokens that the tokenizer has")
             else:
                 texts.append((prompt_text(row["prompt"], tokenizer, where), *(
                     side if isinstance(side, str) else side[-1]["content"]
@@ -314,8 +318,12 @@ def plain_logps(model, pairs):
 @torch.no_grad()
 def choose_logps(model, pairs):
     """`pair_logps` where it agrees with `plain_logps` in fp32 on a few pairs, else the latter."""
+    pairs = [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]  # a window would show
     try:
-        gap = (pair_logps(model, pairs[:4]) - plain_logps(model, pairs[:4])).abs().max().item()
+        gap = max((pair_logps(model, [pair]) - plain_logps(model, [pair])).abs().max().item()
+                  for pair in pairs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # the model takes no such mask
         gap = type(e).__name__
     if isinstance(gap, float) and gap < 1e-2:
@@ -368,7 +376,7 @@ def optimizer_step(model, optimizer, lr, what):
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.isfinite(grad_norm):
         fail(f"{what}: the loss or its gradient is not finite; the weights were not touched. "
-             "Lower --lr, or go on from the last checkpoint with --resume")
+             "Look at those rows, or start again with a lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -385,20 +393,25 @@ def open_run(args):
         fail(f"{args.out} is finished; choose another --out, or remove it")
     if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
+    record = {"script": os.path.basename(__file__), **vars(args)}
     if os.path.exists(f"{args.out}/metrics.jsonl"):
-        started = dict(read_jsonl(f"{args.out}/args.json"))[1]
-        changed = [k for k, v in vars(args).items() if k != "resume" and started.get(k) != v]
+        (_, started), = read_jsonl(f"{args.out}/args.json")
+        free = {"resume", "out", "save_every", "tokens_per_microbatch"}
+        changed = [k for k, v in record.items() if k not in free and started.get(k) != v]
         if changed:
             fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
     os.makedirs(args.out, exist_ok=True)
-    here = os.path.dirname(os.path.abspath(__file__))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    with open(f"{args.out}/args.json", "w") as f:
-        json.dump({"script": os.path.basename(__file__), **vars(args),
-                   "commit": commit.stdout.strip(), "torch": torch.__version__,
-                   "transformers": transformers.__version__,
-                   "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
-                  f)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    record |= {"commit": commit, "torch": torch.__version__,
+               "transformers": transformers.__version__,
+               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    with open(f"{args.out}/args.json.tmp", "w") as f:
+        f.write(json.dumps(record) + "\n")
+    os.replace(f"{args.out}/args.json.tmp", f"{args.out}/args.json")
 
 
 def save_checkpoint(path, model, optimizer, step):

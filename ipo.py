@@ -74,7 +74,7 @@ def guard(main, args):
     """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
     for name, value in vars(args).items():
         least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
-        if type(value) in (int, float) and not least <= value < float("inf"):
+        if type(value) in (int, float) and not least <= value < 1 << 31:
             fail(f"--{name.replace('_', '-')} {value} is out of range")
     try:
         main(args)
@@ -113,7 +113,10 @@ def prompt_text(prompt, tokenizer, where):
     if not tokenizer.chat_template:
         fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
              "use a chat model, or write text (tasks.py --text)")
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # templates raise what they like: a role they do not know, say
+        fail(f"{where}: the tokenizer's chat template refuses the prompt ({e})")
 
 
 def load_pairs(path, tokenizer, max_prompt, max_response):
@@ -129,8 +132,9 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
         try:
             if "prompt_ids" in row:
                 streamed.append((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))
-                if not all(0 <= i < len(tokenizer) for ids in streamed[-1] for i in ids):
-                    fail(f"{where}: token ids that the tokenizer does not have")
+                if not all(ids and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
+                           for ids in streamed[-1]):
+                    fail(f"{where}: ids must be lists of tokens that the tokenizer has")
             else:
                 texts.append((prompt_text(row["prompt"], tokenizer, where), *(
                     side if isinstance(side, str) else side[-1]["content"]
@@ -316,8 +320,12 @@ def plain_logps(model, pairs):
 @torch.no_grad()
 def choose_logps(model, pairs):
     """`pair_logps` where it agrees with `plain_logps` in fp32 on a few pairs, else the latter."""
+    pairs = [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]  # a window would show
     try:
-        gap = (pair_logps(model, pairs[:4]) - plain_logps(model, pairs[:4])).abs().max().item()
+        gap = max((pair_logps(model, [pair]) - plain_logps(model, [pair])).abs().max().item()
+                  for pair in pairs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # the model takes no such mask
         gap = type(e).__name__
     if isinstance(gap, float) and gap < 1e-2:
@@ -359,8 +367,9 @@ def data_reference_logps(model, logps_of, pairs, batches, tokens, folder):
     Kept in `folder` under a hash of all that they depend on: the next run on the same model, pairs
     and order finds them there. Rows that no batch holds are NaN.
     """
-    digest = hashlib.sha256(json.dumps(
-        [logps_of.__name__, tokens, str(model.device), pairs, batches]).encode())
+    digest = hashlib.sha256(json.dumps([
+        logps_of.__name__, tokens, str(model.device), pairs, batches,
+        model.config.to_json_string()]).encode())
     for weight in model.parameters():
         digest.update(weight.detach().cpu().numpy().data)
     path = os.path.join(folder, f"reference-{digest.hexdigest()[:16]}.safetensors")
@@ -370,8 +379,8 @@ def data_reference_logps(model, logps_of, pairs, batches, tokens, folder):
     for rows in tqdm(batches, "reference log-probs", disable=not sys.stderr.isatty()):
         if logps[0, rows].isnan().any():
             logps[:, rows] = reference_logps(model, logps_of, [pairs[i] for i in rows], tokens)
-    save_file({"logps": logps}, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    save_file({"logps": logps}, f"{path}.{os.getpid()}.tmp")  # others may be writing it too
+    os.replace(f"{path}.{os.getpid()}.tmp", path)
     return logps
 
 
@@ -403,7 +412,7 @@ def optimizer_step(model, optimizer, lr, what):
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.isfinite(grad_norm):
         fail(f"{what}: the loss or its gradient is not finite; the weights were not touched. "
-             "Lower --lr, or go on from the last checkpoint with --resume")
+             "Look at those rows, or start again with a lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -420,20 +429,25 @@ def open_run(args):
         fail(f"{args.out} is finished; choose another --out, or remove it")
     if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
+    record = {"script": os.path.basename(__file__), **vars(args)}
     if os.path.exists(f"{args.out}/metrics.jsonl"):
-        started = dict(read_jsonl(f"{args.out}/args.json"))[1]
-        changed = [k for k, v in vars(args).items() if k != "resume" and started.get(k) != v]
+        (_, started), = read_jsonl(f"{args.out}/args.json")
+        free = {"resume", "out", "save_every", "tokens_per_microbatch"}
+        changed = [k for k, v in record.items() if k not in free and started.get(k) != v]
         if changed:
             fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
     os.makedirs(args.out, exist_ok=True)
-    here = os.path.dirname(os.path.abspath(__file__))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    with open(f"{args.out}/args.json", "w") as f:
-        json.dump({"script": os.path.basename(__file__), **vars(args),
-                   "commit": commit.stdout.strip(), "torch": torch.__version__,
-                   "transformers": transformers.__version__,
-                   "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
-                  f)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    record |= {"commit": commit, "torch": torch.__version__,
+               "transformers": transformers.__version__,
+               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    with open(f"{args.out}/args.json.tmp", "w") as f:
+        f.write(json.dumps(record) + "\n")
+    os.replace(f"{args.out}/args.json.tmp", f"{args.out}/args.json")
 
 
 def save_checkpoint(path, model, optimizer, step):

@@ -3,7 +3,8 @@
     python plots.py runs/demo/online-ipo-s0 runs/demo/ipo-s0 --out win_rate_kl.png
 
 Reads args.json and metrics.jsonl of each run folder; writes the figure and, beside it, the numbers
-it shows as CSV. Runs that differ in seed alone share a colour and a line in the legend.
+it shows as CSV. Colour and legend tell the source of the responses and the loss;
+what differs otherwise wants a figure of its own.
 
 MIT licence.
 """

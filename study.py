@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ class Pipeline:
                  data=f"{data}/golden.jsonl", validation=f"{data}/golden-validation.jsonl",
                  out=f"{runs}/proxy", **preference)
         self.training = dict(model=f"{runs}/sft", batch_size=32, lr=3e-4, warmup=20, resume=True,
-                             **lengths)
+                             save_every=50, **lengths)
         self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo",
                  labeller=f"{runs}/gold", prompts=f"{data}/golden.jsonl",
                  out=f"{runs}/golden-policy", steps=300, beta=0.1, **self.training)
@@ -128,7 +129,10 @@ def run(stages):
         print(f"[{i}/{len(stages)}] {command}", flush=True)
         began = time.perf_counter()
         script = os.path.join(here, words[0])
-        status = subprocess.run([sys.executable, script, *words[1:]]).returncode
+        child = subprocess.Popen([sys.executable, script, *words[1:]])
+        for number in (signal.SIGINT, signal.SIGTERM):  # the stage saves and stops, then we do
+            signal.signal(number, lambda number, _, child=child: child.send_signal(number))
+        status = child.wait()
         if status:
             print(f"error: `{command}` ended with status {status}", file=sys.stderr)
             raise SystemExit(status if status > 0 else 128 - status)

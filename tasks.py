@@ -196,7 +196,7 @@ def from_messages(row):
 def from_pair(row):
     """Explicit prompt, chosen, rejected; a reply may be text or a list of one message."""
     return row["prompt"], *(
-        side if side is None or isinstance(side, str) else side[0]["content"]
+        side if side is None or isinstance(side, str) else side[-1]["content"]
         for side in (row["chosen"], row["rejected"]))
 
 
@@ -228,6 +228,8 @@ def from_arena_55k(row):
     if row["winner_tie"] == "1":
         raise Drop("tie")
     users, a, b = (json.loads(row[k]) for k in ("prompt", "response_a", "response_b"))
+    if not len(users) == len(a) == len(b):
+        raise Drop("turns without a reply")
     sides = [[message for user, reply in zip(users, side, strict=True)
               for message in ({"role": "user", "content": user},
                               {"role": "assistant", "content": reply})] for side in (a, b)]
@@ -253,7 +255,10 @@ def convert(row, name, as_text):
     if None in (prompt, chosen, rejected) or (
             isinstance(prompt, list) and any(m["content"] is None for m in prompt)):
         raise Drop("null")
-    json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()  # no half surrogate pairs
+    try:
+        json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Drop("half a surrogate pair") from None
     if not chosen.strip() or not rejected.strip():
         raise Drop("empty answer")
     if chosen == rejected:
@@ -379,6 +384,11 @@ def write_jsonl(path, rows):
 
 def main(args):
     out = args.out or os.path.join("data", args.name)
+    for flag in ("pairs", "width", "layers", "vocab"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            fail(f"--{flag} {getattr(args, flag)} is out of range")
+    if args.width and args.width % (2 * max(args.width // 64, 4)):
+        fail(f"--width {args.width}: must be a multiple of {2 * max(args.width // 64, 4)}")
     if args.name == "file" and not args.file:
         fail("`tasks.py file` needs --file PAIRS.jsonl")
     if os.path.exists(os.path.join(out, "initial.jsonl")):

@@ -87,7 +87,7 @@ def test_pairwise_sees_the_other_response():
     backward = reward.preference_logits(model, reward.swap(pairs))
     assert (forward + backward).abs().max() > 0.01  # a position bias, which `prefer` cancels
     margins = reward.prefer(model, pairs)
-    assert torch.allclose(margins, forward.sigmoid() - backward.sigmoid(), atol=1e-5)
+    assert torch.allclose(margins.float(), forward.sigmoid() - backward.sigmoid(), atol=1e-5)
 
 
 def test_check_mask_refuses(capsys):

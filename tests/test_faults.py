@@ -46,8 +46,10 @@ def test_data_that_is_odd_but_right(tmp_path):
     (pair(chosen=None), "must be strings"),
     (pair(chosen=[]), "must be strings"),
     (pair(prompt={"role": "user"}), "must be strings"),
-    ({"prompt_ids": [3], "chosen_ids": [99], "rejected_ids": [1]}, "does not have"),
-    ({"prompt_ids": [3], "chosen_ids": "ab", "rejected_ids": [1]}, "must be"),
+    ({"prompt_ids": [3], "chosen_ids": [99], "rejected_ids": [1]}, "tokenizer has"),
+    ({"prompt_ids": [], "chosen_ids": [4], "rejected_ids": [1]}, "tokenizer has"),
+    ({"prompt_ids": [3], "chosen_ids": [1.0], "rejected_ids": [1]}, "tokenizer has"),
+    ({"prompt_ids": [3], "chosen_ids": "ab", "rejected_ids": [1]}, "tokenizer has"),
     ({"prompt_ids": 3, "chosen_ids": [1], "rejected_ids": [1]}, "must be"),
 ])
 def test_data_that_is_wrong(tmp_path, capsys, row, says):

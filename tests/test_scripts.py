@@ -287,3 +287,6 @@ def test_resume_needs_the_same_flags(toy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         offline(toy, "dpo", out, resume=True, beta=0.7)
     assert "another beta" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        offline(toy, "ipo", out, resume=True)
+    assert "another script" in capsys.readouterr().err

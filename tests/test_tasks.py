@@ -93,11 +93,14 @@ def test_messages():
     user = {"role": "user", "content": "q"}
     reply = lambda text: {"role": "assistant", "content": text}  # noqa: E731
     rows = [{"chosen": [user, reply("x")], "rejected": [user, reply("y")]},
-            {"prompt": [user], "chosen": [reply("x")], "rejected": [reply("y")]}]
+            {"prompt": [user], "chosen": [reply("x")], "rejected": [reply("y")]},
+            {"prompt": [user], "chosen": [user, reply("x")], "rejected": [user, reply("y")]}]
     pairs, _ = convert(rows)
-    assert pairs == [([user], "x", "y")] * 2
+    assert pairs == [([user], "x", "y")] * 3
     pairs, _ = convert(rows, as_text=True)
-    assert pairs == [("\n\nHuman: q\n\nAssistant:", " x", " y")] * 2
+    assert pairs == [("\n\nHuman: q\n\nAssistant:", " x", " y")] * 3
+    _, dropped = convert([{"prompt": "\ud800", "chosen": "a", "rejected": "b"}])
+    assert dropped == {"half a surrogate pair": 1}
 
 
 SAMPLES = {  # file of hub rows: (task, pairs left, dropped)
