@@ -281,7 +281,9 @@ def response_kl(policy, reference, rows, tokens):
     for group in micro_batches(pairs, tokens):
         batch = [pairs[i] for i in group]
         with autocast(policy.device):
-            packed = pack_pairs(batch, policy.device)
+            ids, positions, segments, _, *rest = pack_pairs(batch, policy.device)
+            real = (segments < 3).long()  # one response a row needs no more of a mask
+            packed = ids, positions, segments, real, *rest
             hidden, ref_hidden = (response_hidden(model, packed) for model in (policy, reference))
             head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
             chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
