@@ -28,7 +28,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -267,13 +266,47 @@ def check_lengths(model, args):
              f"{args.max_response_tokens} exceed the model's {limit} positions; lower one")
 
 
-# Logits of one chunk, whatever the vocabulary: 16 MB on CPU (near the caches), 256 MB on CUDA.
-LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 22)
+# Logits of one chunk, whatever the vocabulary: 32 MB on CPU (near the caches), 256 MB on CUDA.
+LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 23)
 
 
-def token_logps(head, hidden, targets):
-    """Log-probs (n,) of `targets` (n,) under `head` of `hidden` (n, D), in fp32."""
-    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+class TokenLogps(torch.autograd.Function):
+    """Log-probs (N,) in fp32 of `targets` (N,) under logits = hidden weight^T + bias.
+
+    The (N, V) logits never exist at once: they are made chunk by chunk, and in the backward pass,
+    where d logp / d logits = onehot(target) - softmax(logits), again for all chunks but the last.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda")
+    def forward(ctx, hidden, weight, bias, targets):
+        ctx.size = max(1, LOGITS_AT_ONCE // len(weight))
+        logps = torch.empty(len(targets), device=hidden.device)
+        for start in range(0, len(targets), ctx.size):
+            rows = slice(start, start + ctx.size)
+            chunk = F.linear(hidden[rows], weight, bias).float().log_softmax(-1)
+            logps[rows] = chunk.gather(1, targets[rows, None]).squeeze(1)
+        ctx.save_for_backward(hidden, weight, bias, targets, chunk)
+        return logps
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
+    def backward(ctx, grad):
+        hidden, weight, bias, targets, chunk = ctx.saved_tensors
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        bias_grad = None if bias is None else torch.zeros_like(bias)
+        for start in reversed(range(0, len(targets), ctx.size)):
+            rows = slice(start, start + ctx.size)
+            if chunk is None:
+                chunk = F.linear(hidden[rows], weight, bias).float().log_softmax(-1)
+            logits_grad = chunk.exp_().mul_(-grad[rows, None])
+            logits_grad.scatter_add_(1, targets[rows, None], grad[rows, None])
+            hidden_grad[rows] = logits_grad @ weight
+            weight_grad += logits_grad.T @ hidden[rows]
+            if bias is not None:
+                bias_grad += logits_grad.sum(0)
+            chunk = None
+        return hidden_grad, weight_grad, bias_grad, None
 
 
 def response_hidden(model, packed):
@@ -287,21 +320,17 @@ def response_hidden(model, packed):
 def pair_logps(model, pairs):
     """Summed response log-probs of B pairs as (2, B), chosen first; one shared row a pair.
 
-    The vocabulary projection runs on response positions only, in chunks that are recomputed in the
-    backward pass, so that the (tokens, V) logits never exist at once.
+    The vocabulary projection runs on response positions only, and in chunks (`TokenLogps`).
     """
     packed = pack_pairs(pairs, model.device)
     targets, owners = packed[-2:]
     hidden, head = response_hidden(model, packed), model.get_output_embeddings()
-    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    logps = torch.cat([
-        checkpoint(token_logps, head, h, t, use_reentrant=False, preserve_rng_state=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)])  # (N,)
+    logps = TokenLogps.apply(hidden, head.weight, head.bias, targets)  # (N,)
     return logps.new_zeros(2 * len(pairs)).index_add(0, owners, logps).view(2, -1)
 
 
 def plain_logps(model, pairs):
-    """The same as `pair_logps` the plain way: one row a response, full logits, no mask tricks."""
+    """The same as `pair_logps` the plain way: one row a response, no mask tricks, no chunks."""
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
     width = max(len(prompt) + len(response) for prompt, response in rows)
     pad = [width - len(prompt) - len(response) for prompt, response in rows]
@@ -310,9 +339,11 @@ def plain_logps(model, pairs):
     asked = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * n
                           for (p, r), n in zip(rows, pad, strict=True)])
     ids, real, asked = (x.to(model.device) for x in (ids, real, asked))
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
-    logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return (logps * asked[:, 1:]).sum(1).view(2, -1)
+    first = min(len(prompt) for prompt, _ in rows) - 1  # no logits where all rows are prompt
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=torch.arange(
+        first, width - 1, device=model.device)).logits.float()
+    logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, first + 1:], reduction="none")
+    return (logps * asked[:, first + 1:]).sum(1).view(2, -1)
 
 
 @torch.no_grad()
@@ -328,7 +359,7 @@ def choose_logps(model, pairs):
         gap = type(e).__name__
     if isinstance(gap, float) and gap < 1e-2:
         return pair_logps
-    print(f"this model's attention does not take one row a pair (gap {gap}): using plain rows")
+    print(f"this model does not take one row a pair (gap {gap}): using plain rows")
     return plain_logps
 
 

@@ -29,7 +29,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -78,52 +77,93 @@ def parse_args(argv=None):
 
 
 class SlotLayer(DynamicLayer):
-    """One layer's KV cache with free places: a step writes one of them, and copies nothing."""
+    """One layer's KV cache with free slots: a step fills one of them, and copies nothing else.
 
-    def __init__(self, buffer, used):
+    Static: all slots are returned at every step (the mask hides the free ones), so that a step has
+    always the same shapes and addresses, as a CUDA graph needs them.
+    """
+
+    def __init__(self, slots, used, static):
         super().__init__()
-        self.buffer, self.used, self.is_initialized = buffer, used, True  # (B, 2, heads, W, width)
+        self.slots, self.used, self.static = slots, used, static  # keys, values: (B, heads, W, -)
+        self.is_initialized = True
 
     def update(self, keys, values, *args, **kwargs):
         """Write the new (B, heads, 1, width) keys and values; return all so far, as views."""
-        self.buffer[:, :, :, self.used] = torch.stack([keys[:, :, 0], values[:, :, 0]], 1)
-        self.used += 1
-        self.keys, self.values = self.buffer[:, :, :, :self.used].unbind(1)
+        end = self.get_mask_sizes(1)[0]
+        for slots, new in zip(self.slots, (keys, values), strict=True):
+            slots.index_copy_(2, self.used, new)
+        self.keys, self.values = (slots[:, :, :end] for slots in self.slots)
         return self.keys, self.values
 
     def get_seq_length(self):
-        return self.used
+        return self.used if self.static else int(self.used)
+
+    def get_mask_sizes(self, query_length):
+        return (self.slots[0].shape[2] if self.static else int(self.used) + query_length), 0
 
 
 def next_logits(model, ids, real, places, cache):
-    """Next-token logits (B, V) after ids (B, T) at `places`; real (B, all so far) hides padding."""
+    """Next-token logits (B, V) after ids (B, T) at `places`; real (B, slots) hides padding."""
+    real = real[:, :cache.get_mask_sizes(ids.shape[1], 0)[0]]
     return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
                  past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
 
-def prefill(model, prompts, per_prompt, room):
+def prefill(model, prompts, per_prompt, room, static):
     """Compute each prompt once and repeat it for its samples, B = len(prompts) * per_prompt rows.
 
-    Returns (cache, logits (B, V), real (B, W + room)): prompts, given in order of length, are
-    computed in groups of little padding, then left-padded to one width W with `room` free places.
+    Prompts, given in order of length, are computed in groups of little padding and written,
+    left-padded to one width W, into a cache with `room` free slots behind.
+    Returns (cache, used: W as a tensor, logits (B, V), real (B, W + room)).
     """
-    width, caches, logits, real = len(prompts[-1]), [], [], []
+    device, width, layers, logits = model.device, len(prompts[-1]), [], []
+    used = torch.tensor(width, device=device)
+    real = torch.zeros(len(prompts) * per_prompt, width + room, dtype=torch.long, device=device)
     for group in micro_batches([[x] for x in prompts], 1 << 14):
         pad = [len(prompts[group[-1]]) - len(prompts[i]) for i in group]
         ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
         mask = torch.tensor([[0] * n + [1] * len(prompts[i])
-                             for n, i in zip(pad, group, strict=True)]).to(model.device)
-        caches.append(Cache(layer_class_to_replicate=DynamicLayer))
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        logits.append(next_logits(model, ids.to(model.device), mask, places, caches[-1]))
-        real.append(F.pad(F.pad(mask, (width - mask.shape[1], 0)), (0, room), value=1))
-    layers = []
-    for same in zip(*(cache.layers for cache in caches), strict=True):
-        parts = [torch.stack([part.keys, part.values], 1) for part in same]
-        buffer = torch.cat([F.pad(x, (0, 0, width - x.shape[3], room)) for x in parts])
-        layers.append(SlotLayer(buffer.repeat_interleave(per_prompt, 0), width))
-    logits, real = (torch.cat(x).repeat_interleave(per_prompt, 0) for x in (logits, real))
-    return Cache(layers=layers), logits, real
+                             for n, i in zip(pad, group, strict=True)]).to(device)
+        cache, places = Cache(layer_class_to_replicate=DynamicLayer), (mask.cumsum(1) - 1).clamp(0)
+        logits.append(next_logits(model, ids.to(device), mask, places, cache))
+        rows = slice(group[0] * per_prompt, (group[-1] + 1) * per_prompt)
+        start = width - ids.shape[1]
+        real[rows, start:width] = mask.repeat_interleave(per_prompt, 0)
+        layers = layers or [SlotLayer([x.new_zeros(len(real), x.shape[1], width + room, x.shape[3])
+                                       for x in (part.keys, part.values)], used, static)
+                            for part in cache.layers]
+        for layer, part in zip(layers, cache.layers, strict=True):
+            for slots, new in zip(layer.slots, (part.keys, part.values), strict=True):
+                slots[rows, :, start:width] = new.repeat_interleave(per_prompt, 0)
+    return Cache(layers=layers), used, torch.cat(logits).repeat_interleave(per_prompt, 0), real
+
+
+def decoder(model, ids, real, places, cache):
+    """A function () -> next-token logits (B, V) that reads these tensors anew at each call.
+
+    On CUDA it replays a graph: a step is a thousand kernels, most of them shorter than their launch
+    from Python, and a replay launches them all at once.
+    """
+    step = partial(next_logits, model, ids, real, places, cache)
+    if model.device.type != "cuda" or getattr(model, "no_graph", False):
+        return step
+    step()  # warms up; autocast keeps its bf16 copies of the weights, which the graph then reads
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            logits = step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:  # the model waits for the GPU in the middle of a step, say
+        print(f"decoding without CUDA graphs, which this model does not take: {str(e)[:80]}")
+        model.no_graph = True
+        return step
+
+    def replay():
+        graph.replay()
+        return logits
+    return replay
 
 
 def pick_tokens(logits, noise):
@@ -134,54 +174,99 @@ def pick_tokens(logits, noise):
 
 
 @torch.no_grad()
-def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False, slots=1 << 15):
+def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False, slots=None,
+           static=None):
     """Sample `per_prompt` responses to each prompt at temperature 1, as lists of token ids.
 
     Returns len(prompts) * per_prompt lists, those of one prompt side by side; each ends with `eos`
-    unless it reached `max_tokens`. A prompt is prefilled once for all its samples; prompts of
-    similar lengths go together, left-padded, in at most `slots` places of KV cache; a row that has
-    ended leaves the batch. The noise of every (row, position) is drawn beforehand, so that neither
-    the grouping nor the leaving changes what a row draws.
+    unless it reached `max_tokens`. A prompt is prefilled once for all its samples. Left-padded
+    prompts of not too unequal lengths go together, in at most `slots` slots of KV cache. Rows
+    that have ended leave the batch: at once, or, with `static` shapes (on CUDA), when they are half
+    of it. The noise of every (row, position) is drawn beforehand, so that neither the grouping nor
+    the leaving changes what a row draws.
     """
     device, count = model.device, len(prompts) * per_prompt
+    static = device.type == "cuda" if static is None else static
+    slots = slots or 1 << (17 if static else 15)
     noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
     drawn = torch.full((count, max_tokens), eos, device=device)
     for group in micro_batches([[x] for x in prompts], slots // per_prompt, max_tokens, 0.7):
-        cache, logits, real = prefill(model, [prompts[i] for i in group], per_prompt, max_tokens)
+        cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
+                                            max_tokens, static)
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)])
-        rows = rows.to(device)
-        width = real.shape[1] - max_tokens
-        places = real[:, :width].sum(1, keepdim=True)  # of the first new token
+        rows, alive = rows.to(device), torch.ones(len(rows), dtype=torch.bool, device=device)
+        places = real[:, :used].sum(1, keepdim=True)  # of the first new token
+        ids, step = torch.empty_like(places), None
         for t in range(max_tokens):
             tokens = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
-            drawn[rows, t] = tokens
-            alive = tokens != eos
+            ids[:, 0] = drawn[rows, t] = torch.where(alive, tokens, eos)
+            alive &= tokens != eos
             left = int(alive.sum())
             if left == 0 or t + 1 == max_tokens:
                 break
-            if left < len(rows):
+            if left <= (len(rows) // 2 if static else len(rows) - 1):
                 gaps = (~alive[:left]).nonzero().squeeze(1)
                 last = left + alive[left:].nonzero().squeeze(1)
-                for x in (rows, tokens, real, places, *(layer.buffer for layer in cache.layers)):
-                    x[gaps] = x[last]  # rows at the end move into the places of those that ended
-                rows, tokens, real, places = (x[:left] for x in (rows, tokens, real, places))
+                for x in (rows, alive, ids, real, places, *(
+                        x for layer in cache.layers for x in layer.slots)):
+                    x[gaps] = x[last]  # rows at the end move into the gaps of those that ended
+                rows, alive, ids, real, places = (x[:left] for x in (
+                    rows, alive, ids, real, places))
                 for layer in cache.layers:
-                    layer.buffer = layer.buffer[:left]
-            seen = real[:, :width + t + 1]
-            logits = next_logits(model, tokens[:, None], seen, places + t, cache)
+                    layer.slots = [x[:left] for x in layer.slots]
+                step = None
+            real.index_fill_(1, used, 1)
+            step = step or decoder(model, ids, real, places, cache)
+            logits = step()
+            places += 1
+            used += 1
     responses = drawn.tolist()
     return [r[:r.index(eos) + 1] if eos in r else r for r in responses]
 
 
 # ---- log-probs and KL ----------------------------------------------------------------------------
 
-# Logits of one chunk, whatever the vocabulary: 16 MB on CPU (near the caches), 256 MB on CUDA.
-LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 22)
+# Logits of one chunk, whatever the vocabulary: 32 MB on CPU (near the caches), 256 MB on CUDA.
+LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 23)
 
 
-def token_logps(head, hidden, targets):
-    """Log-probs (n,) of `targets` (n,) under `head` of `hidden` (n, D), in fp32."""
-    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+class TokenLogps(torch.autograd.Function):
+    """Log-probs (N,) in fp32 of `targets` (N,) under logits = hidden weight^T + bias.
+
+    The (N, V) logits never exist at once: they are made chunk by chunk, and in the backward pass,
+    where d logp / d logits = onehot(target) - softmax(logits), again for all chunks but the last.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda")
+    def forward(ctx, hidden, weight, bias, targets):
+        ctx.size = max(1, LOGITS_AT_ONCE // len(weight))
+        logps = torch.empty(len(targets), device=hidden.device)
+        for start in range(0, len(targets), ctx.size):
+            rows = slice(start, start + ctx.size)
+            chunk = F.linear(hidden[rows], weight, bias).float().log_softmax(-1)
+            logps[rows] = chunk.gather(1, targets[rows, None]).squeeze(1)
+        ctx.save_for_backward(hidden, weight, bias, targets, chunk)
+        return logps
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
+    def backward(ctx, grad):
+        hidden, weight, bias, targets, chunk = ctx.saved_tensors
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        bias_grad = None if bias is None else torch.zeros_like(bias)
+        for start in reversed(range(0, len(targets), ctx.size)):
+            rows = slice(start, start + ctx.size)
+            if chunk is None:
+                chunk = F.linear(hidden[rows], weight, bias).float().log_softmax(-1)
+            logits_grad = chunk.exp_().mul_(-grad[rows, None])
+            logits_grad.scatter_add_(1, targets[rows, None], grad[rows, None])
+            hidden_grad[rows] = logits_grad @ weight
+            weight_grad += logits_grad.T @ hidden[rows]
+            if bias is not None:
+                bias_grad += logits_grad.sum(0)
+            chunk = None
+        return hidden_grad, weight_grad, bias_grad, None
 
 
 def response_hidden(model, packed):
@@ -195,21 +280,17 @@ def response_hidden(model, packed):
 def pair_logps(model, pairs):
     """Summed response log-probs of B pairs as (2, B), chosen first; one shared row a pair.
 
-    The vocabulary projection runs on response positions only, in chunks that are recomputed in the
-    backward pass, so that the (tokens, V) logits never exist at once.
+    The vocabulary projection runs on response positions only, and in chunks (`TokenLogps`).
     """
     packed = pack_pairs(pairs, model.device)
     targets, owners = packed[-2:]
     hidden, head = response_hidden(model, packed), model.get_output_embeddings()
-    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    logps = torch.cat([
-        checkpoint(token_logps, head, h, t, use_reentrant=False, preserve_rng_state=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)])  # (N,)
+    logps = TokenLogps.apply(hidden, head.weight, head.bias, targets)  # (N,)
     return logps.new_zeros(2 * len(pairs)).index_add(0, owners, logps).view(2, -1)
 
 
 def plain_logps(model, pairs):
-    """The same as `pair_logps` the plain way: one row a response, full logits, no mask tricks."""
+    """The same as `pair_logps` the plain way: one row a response, no mask tricks, no chunks."""
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
     width = max(len(prompt) + len(response) for prompt, response in rows)
     pad = [width - len(prompt) - len(response) for prompt, response in rows]
@@ -218,9 +299,11 @@ def plain_logps(model, pairs):
     asked = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * n
                           for (p, r), n in zip(rows, pad, strict=True)])
     ids, real, asked = (x.to(model.device) for x in (ids, real, asked))
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1].float()
-    logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return (logps * asked[:, 1:]).sum(1).view(2, -1)
+    first = min(len(prompt) for prompt, _ in rows) - 1  # no logits where all rows are prompt
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=torch.arange(
+        first, width - 1, device=model.device)).logits.float()
+    logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, first + 1:], reduction="none")
+    return (logps * asked[:, first + 1:]).sum(1).view(2, -1)
 
 
 @torch.no_grad()
@@ -236,7 +319,7 @@ def choose_logps(model, pairs):
         gap = type(e).__name__
     if isinstance(gap, float) and gap < 1e-2:
         return pair_logps
-    print(f"this model's attention does not take one row a pair (gap {gap}): using plain rows")
+    print(f"this model does not take one row a pair (gap {gap}): using plain rows")
     return plain_logps
 
 
@@ -286,9 +369,11 @@ def response_kl(policy, reference, rows, tokens):
             packed = ids, positions, segments, real, *rest
             hidden, ref_hidden = (response_hidden(model, packed) for model in (policy, reference))
             head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
-            chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-            kl = torch.cat([token_kl(head, ref_head, h, r) for h, r in zip(
-                hidden.split(chunk), ref_hidden.split(chunk), strict=True)])
+            kl = torch.empty(len(hidden), device=policy.device)
+            size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+            for start in range(0, len(kl), size):
+                at = slice(start, start + size)
+                kl[at] = token_kl(head, ref_head, hidden[at], ref_hidden[at])
         kls[group] = torch.zeros(len(batch), device=kl.device).index_add(0, packed[-1], kl).cpu()
     return kls
 

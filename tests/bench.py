@@ -2,21 +2,25 @@
 
     python tests/bench.py MODEL PAIRS                  # every measure, each in its own process
     python tests/bench.py MODEL PAIRS --only dpo ipo   # some of them
+    python tests/bench.py qwen-0.5b PAIRS              # a random model of Qwen2.5-0.5B's shape
 
 One JSON line each: pairs/s or tokens/s after a warm-up, peak memory in GB and, for training, the
 FLOP/s of its matrix products (unpadded tokens, recomputation not counted) as a share of the rate
-measured on one large matrix product. `generate` and `generate-varied` are
-transformers' own sampling on the same work: fixed lengths, and EOS at random lengths.
+measured on one large matrix product. `profile` tells where the time of a DPO step goes. The peers
+on the same work: `trl` is TRL's DPOTrainer (where installed), `generate` and `generate-varied` are
+transformers' own sampling with fixed lengths, and with EOS at random lengths.
 """
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 
@@ -32,15 +36,17 @@ import online_rlhf
 import reward
 import slic
 
-MEASURES = ["dpo", "ipo", "slic", "online", "sample", "sample-varied", "generate",
-            "generate-varied", "evaluate"]
+MEASURES = ["dpo", "ipo", "slic", "trl", "online", "sample", "generate", "sample-varied",
+            "generate-varied", "evaluate", "profile"]
+KINDS = {"matrix products": ("mm", "addmm", "bmm"), "attention": ("attention",),
+         "log-softmax": ("log_softmax", "nll_loss"), "optimizer": ("adamw", "vector_norm")}
 EOS_CHANCE = 1 / 32  # of ending at each token, where lengths vary
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("model", help="model folder or hub name")
+    p.add_argument("model", help="model folder, hub name, or qwen-0.5b")
     p.add_argument("data", help="pairs (jsonl)")
     p.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="what to time")
     p.add_argument("--steps", type=int, default=5, help="timed steps, after one warm-up")
@@ -106,9 +112,29 @@ def end_at_random(model, eos):
     head.bias = torch.nn.Parameter(bias)
 
 
+def make_qwen(data, folder):
+    """A random model of Qwen2.5-0.5B's shape and a byte-level tokenizer of the pairs' words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rows = [row for _, row in dpo.read_jsonl(data)]
+    bpe.train_from_iterator((row["prompt"] + row["chosen"] for row in rows), trainers.BpeTrainer(
+        vocab_size=16000, special_tokens=["<pad>", "<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=4096,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )).save_pretrained(folder)
+
+
 def offline_step(name, args, policy, pairs):
     """A training step of dpo.py, ipo.py or slic.py, reference log-probs computed before."""
-    loss_fn = partial({"dpo": dpo.dpo_loss, "ipo": ipo.ipo_loss, "slic": slic.slic_loss}[name],
+    loss_fn = partial({"ipo": ipo.ipo_loss, "slic": slic.slic_loss}.get(name, dpo.dpo_loss),
                       beta=0.1)
     size = args.batch_size
     batches = [[pairs[j % len(pairs)] for j in range(i * size, (i + 1) * size)]
@@ -123,9 +149,56 @@ def offline_step(name, args, policy, pairs):
         dpo.optimizer_step(policy, optimizer, 1e-5, "bench")
 
     took = seconds(step, args.steps)
+    if name == "profile":
+        return where_time_goes(step, args.steps, statistics.mean(took))
     flops = sum(training_flops(policy, b) for b in batches[1:]) / sum(took)
     return {"pairs_per_s": size * args.steps / sum(took), "flop_per_s": flops,
             "share_of_matmul": flops / matmul_rate(policy.device)}
+
+
+def where_time_goes(step, steps, seconds_a_step):
+    """Milliseconds of a step by kind of operator, and outside of all (Python, autograd)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for i in range(steps):
+            step(i)
+    operators = [x for x in profile.key_averages() if x.key.startswith("aten::")]
+    found = dict.fromkeys(KINDS, 0.0) | {"other operators": 0.0}
+    for x in operators:
+        name = x.key.removeprefix("aten::")
+        kind = next((kind for kind, names in KINDS.items() if name in names or any(
+            len(n) > 4 and n in name for n in names)), "other operators")
+        found[kind] += x.self_cpu_time_total / 1e3 / steps
+    found["between operators"] = 1e3 * seconds_a_step - sum(found.values())
+    return {"ms_a_step": 1e3 * seconds_a_step, **found,
+            "operators": sum(x.count for x in operators) / steps}
+
+
+def trl_step(args):
+    """TRL's DPOTrainer, reference log-probs precomputed, as its users run it."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    ends, cuda = [], torch.cuda.is_available()
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            sync()
+            ends.append(time.perf_counter())
+
+    rows = Dataset.from_list([row for _, row in dpo.read_jsonl(args.data)])
+    with tempfile.TemporaryDirectory() as folder:
+        DPOTrainer(
+            model=transformers.AutoModelForCausalLM.from_pretrained(
+                args.model, dtype=torch.float32),
+            args=DPOConfig(
+                output_dir=folder, per_device_train_batch_size=args.batch_size, max_length=512,
+                max_steps=args.steps + 2, use_cpu=not cuda, bf16=cuda, beta=0.1,
+                gradient_checkpointing=False, learning_rate=1e-5, loss_type=["sigmoid"],
+                report_to=[], save_strategy="no", precompute_ref_log_probs=True, disable_tqdm=True,
+                logging_steps=1000),
+            train_dataset=rows, callbacks=[Clock()],
+            processing_class=transformers.AutoTokenizer.from_pretrained(args.model)).train()
+    return {"pairs_per_s": args.batch_size * args.steps / (ends[-1] - ends[1])}
 
 
 def online_step(args, policy, pairs):
@@ -137,8 +210,9 @@ def online_step(args, policy, pairs):
 
     def step(i):
         prompts = [x for x, _, _ in pairs[i * size:(i + 1) * size]]
-        responses = online_rlhf.sample(policy, prompts, 2, args.new_tokens, -1,
-                                       torch.Generator().manual_seed(i))
+        with online_rlhf.autocast(policy.device):
+            responses = online_rlhf.sample(policy, prompts, 2, args.new_tokens, -1,
+                                           torch.Generator().manual_seed(i))
         batch = list(zip(prompts, responses[::2], responses[1::2], strict=True))
         reward.prefer(labeller, batch, args.tokens_per_microbatch)
         ref = dpo.reference_logps(reference, logps_of, batch, args.tokens_per_microbatch)
@@ -157,8 +231,9 @@ def sampler(args, policy, tokenizer, pairs, varied):
         end_at_random(policy, eos)
 
     def draw(i):
-        responses = gold_eval.sample(policy, prompts, 2, args.new_tokens, eos,
-                                     torch.Generator().manual_seed(i))
+        with gold_eval.autocast(policy.device):
+            responses = gold_eval.sample(policy, prompts, 2, args.new_tokens, eos,
+                                         torch.Generator().manual_seed(i))
         counts.append(sum(map(len, responses)))
 
     took = seconds(draw, 3)
@@ -210,31 +285,50 @@ def measure(name, args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy, tokenizer = dpo.load_policy(args.model, False, device)
     with open(os.devnull, "w") as quiet:
         sys.stdout, out = quiet, sys.stdout
-        pairs = dpo.load_pairs(args.data, tokenizer, args.max_prompt_tokens,
-                               args.max_response_tokens)
+        if name == "trl":
+            found = trl_step(args)
+        else:
+            policy, tokenizer = dpo.load_policy(args.model, False, device)
+            pairs = dpo.load_pairs(args.data, tokenizer, args.max_prompt_tokens,
+                                   args.max_response_tokens)
+            if name == "online":
+                found = online_step(args, policy, pairs)
+            elif name == "evaluate":
+                found = evaluation(args, policy, tokenizer, pairs)
+            elif name.startswith(("sample", "generate")):
+                work = sampler if name.startswith("sample") else generate
+                found = work(args, policy, tokenizer, pairs, name.endswith("varied"))
+            else:
+                found = offline_step(name, args, policy, pairs)
         sys.stdout = out
-    if name in ("dpo", "ipo", "slic"):
-        found = offline_step(name, args, policy, pairs)
-    elif name == "online":
-        found = online_step(args, policy, pairs)
-    elif name == "evaluate":
-        found = evaluation(args, policy, tokenizer, pairs)
-    else:
-        work = sampler if name.startswith("sample") else generate
-        found = work(args, policy, tokenizer, pairs, name.endswith("varied"))
-    name = name.replace("generate", "transformers generate")
+    name = {"trl": "TRL DPOTrainer"}.get(name, name.replace("generate", "transformers generate"))
     print(json.dumps({"measure": name, **{k: float(f"{v:.4g}") for k, v in found.items()},
                       "peak_gb": round(peak_gb(), 2)}), flush=True)
 
 
+def main(args):
+    if args.model == "qwen-0.5b":
+        with tempfile.TemporaryDirectory() as folder:
+            make_qwen(args.data, folder)
+            return run_each(args, folder)
+    if len(args.only) == 1:
+        return measure(args.only[0], args)
+    run_each(args, args.model)
+
+
+def run_each(args, model):
+    """Every measure in a process of its own, so that one's memory is not counted as another's."""
+    rest = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items()
+            if k not in ("model", "data", "only")]
+    for name in args.only:
+        if name == "trl" and not importlib.util.find_spec("trl"):
+            print("trl: not installed", file=sys.stderr)
+            continue
+        subprocess.run([sys.executable, __file__, model, args.data, "--only", name, *rest],
+                       check=True)
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    if len(arguments.only) == 1:
-        measure(arguments.only[0], arguments)
-    else:
-        rest = sys.argv[1:sys.argv.index("--only")] if "--only" in sys.argv else sys.argv[1:]
-        for each in arguments.only:
-            subprocess.run([sys.executable, __file__, *rest, "--only", each], check=True)
+    main(parse_args())

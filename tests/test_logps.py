@@ -69,13 +69,32 @@ def test_models_that_ignore_the_mask_get_plain_rows(capsys):
     gemma2 = tiny("gemma2")  # eager attention adds a boolean mask instead of applying it
     assert dpo.choose_logps(gemma2, pairs) is dpo.plain_logps
     assert "using plain rows" in capsys.readouterr().out
+    scaled = tiny("llama")  # a head that is more than a matrix, as adapters have it
+    scaled.lm_head = torch.nn.Sequential(scaled.lm_head)
+    assert dpo.choose_logps(scaled, pairs) is dpo.plain_logps
 
 
-def test_chunks_change_nothing(monkeypatch):
-    model, pairs = tiny(), random_pairs(5)
-    whole = dpo.pair_logps(model, pairs)
-    monkeypatch.setattr(dpo, "LOGITS_AT_ONCE", 3 * 50)  # three positions at once
-    assert torch.allclose(dpo.pair_logps(model, pairs), whole, atol=1e-5)
+@pytest.mark.parametrize("at_once", [1, 3 * 50, 1 << 20])  # one position, three, all of them
+@pytest.mark.parametrize("biased", [False, True])
+def test_token_logps_equal_autograd(monkeypatch, at_once, biased):
+    """Values and gradients, hand-written and in chunks, against log_softmax and autograd."""
+    monkeypatch.setattr(dpo, "LOGITS_AT_ONCE", at_once)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias, targets, scale = (
+        torch.randn(11, 8, generator=g), torch.randn(50, 8, generator=g),
+        torch.randn(50, generator=g), torch.randint(50, (11,), generator=g),
+        torch.randn(11, generator=g))
+    inputs = [hidden, weight, bias] if biased else [hidden, weight]
+    found = []
+    for ours in (True, False):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        padded = leaves if biased else [*leaves, None]
+        logps = dpo.TokenLogps.apply(*padded, targets) if ours else (
+            torch.nn.functional.linear(*padded).log_softmax(-1)[torch.arange(11), targets])
+        (logps * scale).sum().backward()
+        found.append([logps.detach(), *(x.grad for x in leaves)])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_accumulation_equals_the_whole_batch():

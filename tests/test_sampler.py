@@ -16,10 +16,11 @@ def noise(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen", "gemma", "gemma2", "neox"])
-def test_greedy_equals_generate(kind):
+def test_greedy_equals_generate(kind, static):
     model = tiny(kind)
-    ours = sample(model, PROMPTS, 1, 12, 1, noise(), greedy=True)
+    ours = sample(model, PROMPTS, 1, 12, 1, noise(), greedy=True, static=static)
     for prompt, response in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12,
@@ -91,6 +92,36 @@ def test_grouping_changes_no_sample():
     together = sample(model, prompts, 2, 12, 1, noise(), slots=1 << 20)
     assert apart == together
     assert len({tuple(r) for r in apart}) > 20
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS * 8, [[3, 4, 5]] * 8])
+def test_static_shapes_change_no_sample(prompts):
+    """The path that CUDA graphs replay, on CPU: all slots at each step, rows leave by halves; also
+    without padding, where a mask might be thought unnecessary."""
+    model = tiny()
+    static = sample(model, prompts, 2, 12, 1, noise(), static=True)
+    assert static == sample(model, prompts, 2, 12, 1, noise(), static=False)
+    assert len({len(r) for r in static}) > 5
+
+
+def test_static_step_keeps_shapes_and_addresses(monkeypatch):
+    """What a CUDA graph needs: between two decoders, the same tensors and the whole cache."""
+    steps = []
+
+    def watched(model, ids, real, places, cache):
+        def step():
+            logits = gold_eval.next_logits(model, ids, real, places, cache)
+            seen = [ids, real, places, *cache.layers[0].slots]
+            steps[-1].append([(x.data_ptr(), x.shape) for x in seen]
+                             + [cache.layers[0].keys.shape])
+            return logits
+        steps.append([])
+        return step
+    monkeypatch.setattr(gold_eval, "decoder", watched)
+    sample(tiny(vocab=8), [[3, 4, 5], [6]] * 20, 2, 24, 1, noise(), static=True)
+    assert len(steps) > 2 and max(map(len, steps)) > 1
+    for of_one_graph in steps:
+        assert all(step == of_one_graph[0] for step in of_one_graph)
 
 
 def test_length_and_eos():
