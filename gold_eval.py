@@ -29,8 +29,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from reward import (
     autocast,
@@ -76,6 +78,27 @@ def parse_args(argv=None):
 # ---- sampling ------------------------------------------------------------------------------------
 
 
+def skip_padding(module, query, key, value, mask, **kwargs):
+    """Attention of one new token a row, in four parts of the batch, each without its own padding.
+
+    Decoding waits for keys and values to come from memory: what is not read costs nothing. Rows are
+    left-padded and in order of length, so that the first part has most to leave out.
+    """
+    if mask is None or query.shape[2] > 1 or len(query) * key.shape[2] < 1 << 12:  # nothing to gain
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    first, parts = mask[:, 0, 0].byte().argmax(1).tolist(), []  # the first real slot of each row
+    size = max(16, -(-len(first) // 4))
+    for row in range(0, len(first), size):
+        at, slots = slice(row, row + size), slice(min(first[row:row + size]), None)
+        parts.append(sdpa_attention_forward(module, query[at], key[at, :, slots],
+                                            value[at, :, slots], mask[at, ..., slots], **kwargs)[0])
+    return torch.cat(parts), None
+
+
+AttentionInterface.register("skip_padding", skip_padding)
+AttentionMaskInterface.register("skip_padding", sdpa_mask)
+
+
 class SlotLayer(DynamicLayer):
     """One layer's KV cache with free slots: a step fills one of them, and copies nothing else.
 
@@ -106,8 +129,14 @@ class SlotLayer(DynamicLayer):
 def next_logits(model, ids, real, places, cache):
     """Next-token logits (B, V) after ids (B, T) at `places`; real (B, slots) hides padding."""
     real = real[:, :cache.get_mask_sizes(ids.shape[1], 0)[0]]
-    return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
-                 past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    attention = model.config._attn_implementation
+    if attention == "sdpa" and ids.device.type == "cpu":
+        model.config._attn_implementation = "skip_padding"
+    try:
+        return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
+                     past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    finally:
+        model.config._attn_implementation = attention
 
 
 def prefill(model, prompts, per_prompt, room, static):
@@ -205,15 +234,16 @@ def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False,
             if left == 0 or t + 1 == max_tokens:
                 break
             if left <= (len(rows) // 2 if static else len(rows) - 1):
-                gaps = (~alive[:left]).nonzero().squeeze(1)
-                last = left + alive[left:].nonzero().squeeze(1)
+                cut = len(rows) - left
+                gaps = cut + (~alive[cut:]).nonzero().squeeze(1)
+                short = alive[:cut].nonzero().squeeze(1)
                 for x in (rows, alive, ids, real, places, *(
                         x for layer in cache.layers for x in layer.slots)):
-                    x[gaps] = x[last]  # rows at the end move into the gaps of those that ended
-                rows, alive, ids, real, places = (x[:left] for x in (
+                    x[gaps] = x[short]  # the shortest rows move into the gaps of those that ended
+                rows, alive, ids, real, places = (x[cut:] for x in (
                     rows, alive, ids, real, places))
                 for layer in cache.layers:
-                    layer.slots = [x[:left] for x in layer.slots]
+                    layer.slots = [x[cut:] for x in layer.slots]
                 step = None
             real.index_fill_(1, used, 1)
             step = step or decoder(model, ids, real, places, cache)
