@@ -77,7 +77,13 @@ def guard(main, args):
             fail(f"--{name.replace('_', '-')} {value} is out of range")
     try:
         main(args)
-    except torch.OutOfMemoryError:
+    except KeyboardInterrupt:  # before the first step; from there on signals are caught
+        print("interrupted; what was saved before is whole", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (RuntimeError, MemoryError) as e:  # on CPU torch says "can't allocate memory"
+        kinds = torch.OutOfMemoryError, MemoryError
+        if not isinstance(e, kinds) and "allocate memory" not in str(e):
+            raise
         fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
     except (OSError, SafetensorError) as e:  # a full disk, say
         fail(f"{getattr(e, 'filename', None) or args.out}: {e}; what was saved before is whole")
@@ -134,6 +140,10 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
                 if not all(ids and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
                            for ids in streamed[-1]):
                     fail(f"{where}: ids must be lists of tokens that the tokenizer has")
+                prompt, *responses = map(len, streamed[-1])
+                if prompt > max_prompt or max(responses) > max_response:
+                    fail(f"{where}: {prompt} + {max(responses)} ids exceed --max-prompt-tokens or "
+                         "--max-response-tokens; a stream is never cut, so raise them")
             else:
                 texts.append((prompt_text(row["prompt"], tokenizer, where), *(
                     side if isinstance(side, str) else side[-1]["content"]
@@ -513,11 +523,17 @@ def load_checkpoint(path, model, optimizer):
 
 def cut_jsonl(path, step):
     """Drop the rows after `step` from a file of {"step": ...} rows, and a half-written line."""
-    kept = []
+    lines, kept = [], []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        with open(path, "rb") as f:
+            lines = f.readlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
+    with open(path + ".tmp", "wb") as f:
         f.writelines(kept)
     os.replace(path + ".tmp", path)
 

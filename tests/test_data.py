@@ -72,8 +72,8 @@ def test_messages_go_through_the_template(tmp_path, capsys):
 
 
 def test_stream_ids_are_kept(tmp_path):
-    row = {"step": 1, "prompt_ids": [9] * 30, "chosen_ids": [5, 1], "rejected_ids": [1]}
-    assert load(tmp_path, [row], tokenizer()) == [([9] * 30, [5, 1], [1])]
+    row = {"step": 1, "prompt_ids": [9] * 9, "chosen_ids": [5, 1], "rejected_ids": [1]}
+    assert load(tmp_path, [row], tokenizer()) == [([9] * 9, [5, 1], [1])]
 
 
 def batches(steps, rows=10, **kwargs):

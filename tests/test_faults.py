@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, flags, rows_of, same_weights
 from test_data import load, pair, tokenizer
 from test_scripts import timeless
@@ -163,6 +164,44 @@ def test_full_disk_loses_nothing(toy, tmp_path):
     subprocess.run(words, check=True, capture_output=True)
     subprocess.run(command("dpo", toy, f"{tmp_path}/whole"), check=True, capture_output=True)
     assert same_weights(out, f"{tmp_path}/whole")
+
+
+def test_out_of_memory_names_the_flag(capsys):
+    """CPU and GPU: one line and status 2; any other RuntimeError keeps its traceback."""
+    import dpo
+
+    args = dpo.parse_args(["--model", "m", "--data", "d", "--out", "o"])
+
+    def too_large(_):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    def out_of_cuda(_):
+        raise torch.OutOfMemoryError
+
+    def bug(_):
+        raise RuntimeError("another")
+
+    for main in (too_large, out_of_cuda):
+        with pytest.raises(SystemExit) as stop:
+            dpo.guard(main, args)
+        assert stop.value.code == 2 and "--tokens-per-microbatch" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="another"):
+        dpo.guard(bug, args)
+
+
+def test_half_lines_are_dropped_and_damaged_ones_named(tmp_path, capsys):
+    import dpo
+
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 1}\n{"step": 2}\n'
+    for cut in (b'{"st', '{"step": 2, "a": "é'.encode()[:-1], b""):
+        path.write_bytes(whole + cut)
+        dpo.cut_jsonl(str(path), 1)
+        assert path.read_bytes() == b'{"step": 1}\n'
+    path.write_bytes(b'{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(SystemExit) as stop:
+        dpo.cut_jsonl(str(path), 3)
+    assert stop.value.code == 2 and "metrics.jsonl:2: malformed" in capsys.readouterr().err
 
 
 def test_damaged_checkpoint_is_named(toy, tmp_path):

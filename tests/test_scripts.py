@@ -232,6 +232,14 @@ def bad(tmp_path, toy):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "large")
     tokenizer.add_tokens([f"new{i}" for i in range(40)])
     tokenizer.save_pretrained(tmp_path / "large")
+    for name, cut in (("cut_model", "model.safetensors"), ("cut_tokens", "tokenizer.json")):
+        shutil.copytree(f"{toy}/sft/final", tmp_path / name, dirs_exist_ok=True)
+        whole = (tmp_path / name / cut).read_bytes()
+        (tmp_path / name / cut).write_bytes(whole[:len(whole) // 2])
+    tokenizer = AutoTokenizer.from_pretrained(f"{toy}/sft/final")
+    shutil.copytree(f"{toy}/sft/final", tmp_path / "endless", dirs_exist_ok=True)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
     (tmp_path / "started").mkdir(exist_ok=True)
     file("started/metrics.jsonl", '{"step": 1}\n')
     dpo = dict(model=f"{toy}/sft", data=f"{toy}/data/golden.jsonl", out=f"{tmp_path}/new")
@@ -247,6 +255,14 @@ def bad(tmp_path, toy):
         ("cut gzip", "dpo", flags(**dpo | {"data": f"{tmp_path}/cut.jsonl.gz"}), "cut.jsonl.gz:"),
         ("no tokenizer", "dpo", flags(**dpo | {"model": f"{tmp_path}/bare"}), "no tokenizer"),
         ("vocabulary", "dpo", flags(**dpo | {"model": f"{tmp_path}/large"}), "embeds only"),
+        ("cut model", "dpo", flags(**dpo | {"model": f"{tmp_path}/cut_model"}),
+         "cannot load a model"),
+        ("cut tokenizer", "dpo", flags(**dpo | {"model": f"{tmp_path}/cut_tokens"}),
+         "no tokenizer"),
+        ("no EOS", "dpo", flags(**dpo | {"model": f"{tmp_path}/endless"}), "no EOS token"),
+        ("long stream", "dpo", flags(**dpo | {"data": file("s.jsonl", json.dumps(
+            {"prompt_ids": [5] * 9, "chosen_ids": [6], "rejected_ids": [7]}) + "\n")},
+            max_prompt_tokens=8), "s.jsonl:1: 9 + 1 ids exceed"),
         ("no model", "dpo", flags(**dpo | {"model": f"{tmp_path}/none"}), "cannot load a model"),
         ("run exists", "dpo", flags(**dpo | {"out": f"{tmp_path}/started"}), "--resume"),
         ("run finished", "sft", flags(**dpo | {"out": f"{toy}/sft"}), "finished"),
