@@ -446,10 +446,14 @@ def load_judge(args, data, reference, tokenizer, logps_of=None):
     if not args.baseline:
         fail("--gold needs --baseline, a file of responses (gold_eval.py sample)")
     rows = list(read_jsonl(args.baseline))
+    limits = {"prompt_ids": args.max_prompt_tokens, "response_ids": args.max_response_tokens}
     for number, row in rows:
-        if not {"prompt_ids", "response_ids"} <= row.keys():
-            fail(f"{args.baseline}:{number}: missing prompt_ids or response_ids; "
-                 "write the file with `gold_eval.py sample`")
+        for key, limit in limits.items():
+            ids = row.get(key)
+            if not (isinstance(ids, list) and 0 < len(ids) <= limit and all(
+                    type(i) is int and 0 <= i < len(tokenizer) for i in ids)):
+                fail(f"{args.baseline}:{number}: {key} must be 1 to {limit} tokens that the "
+                     "tokenizer has; write the file with `gold_eval.py sample`")
     if not rows:
         fail(f"{args.baseline}: no responses in it")
     gold = load_labeller(args.gold, tokenizer, reference.device, args.trust_remote_code)

@@ -263,8 +263,8 @@ def optimizer_step(model, optimizer, lr, what):
     """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.isfinite(grad_norm):
-        fail(f"{what}: the loss or its gradient is not finite; the weights were not touched. "
-             "Look at those rows, or start again with a lower --lr")
+        fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
+             "checkpoint were touched. Look at those rows, or start again with a lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -531,7 +531,7 @@ def train(args):
             nll.backward()
             loss, right = loss + nll.item(), right + (logits > 0).sum().item()
         lr = args.lr * min(1.0, done / max(args.warmup, 1))
-        grad_norm = optimizer_step(model, optimizer, lr, f"step {done}, rows {rows}")
+        grad_norm = optimizer_step(model, optimizer, lr, f"{args.out}: step {done}, rows {rows}")
         tokens = sum(map(len, sum(batch, ())))
         metrics = {"step": done, "loss": loss, "accuracy": right / len(batch),
                    "grad_norm": grad_norm, "lr": lr,

@@ -457,8 +457,8 @@ def optimizer_step(model, optimizer, lr, what):
     """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.isfinite(grad_norm):
-        fail(f"{what}: the loss or its gradient is not finite; the weights were not touched. "
-             "Look at those rows, or start again with a lower --lr")
+        fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
+             "checkpoint were touched. Look at those rows, or start again with a lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -610,7 +610,7 @@ def main(args):
         metrics = preference_step(policy, logps_of, loss_fn, batch_pairs, ref_logps[:, rows],
                                   args.beta, args.tokens_per_microbatch)
         lr = args.lr * min(1.0, done / max(args.warmup, 1))
-        grad_norm = optimizer_step(policy, optimizer, lr, f"step {done}, rows {rows}")
+        grad_norm = optimizer_step(policy, optimizer, lr, f"{args.out}: step {done}, rows {rows}")
         tokens_per_s = sum(map(len, sum(batch_pairs, ()))) / (time.perf_counter() - began)
         metrics = {"step": done, **metrics, "grad_norm": grad_norm, "lr": lr,
                    "tokens_per_s": round(tokens_per_s)}

@@ -1,13 +1,16 @@
 """What goes wrong in the field: odd data, odd flags, a full disk, a kill at any moment.
 
-    KILLS=30 python -m pytest tests/test_faults.py -k kill      # the long form: every script
+    KILLS=30 python -m pytest -s tests/test_faults.py -k kill        # the long forms
+    STEPS=5000 python -m pytest -s tests/test_faults.py -k memory_is
 """
 
+import contextlib
 import json
 import os
 import random
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +21,7 @@ from conftest import ROOT, flags, rows_of, same_weights
 from test_data import load, pair, tokenizer
 from test_scripts import timeless
 
+STEPS = int(os.environ.get("STEPS", 300))
 KILLS = int(os.environ.get("KILLS", 0))
 SCRIPTS = ["dpo", "online_rlhf"] if not KILLS else [
     "sft", "reward", "dpo", "ipo", "slic", "bo2", "online_rlhf"]
@@ -121,31 +125,79 @@ def command(script, toy, out, **kwargs):
             *flags(**given)]
 
 
+def kill_at_random(words, env, moved, span, startup, rng):
+    """Start a command in a process group of its own and SIGKILL the group at a random moment:
+    one in five while it starts, else up to `span` seconds after the file `moved` was rewritten.
+    True where it was killed, False where it had ended, with status 0, before.
+    """
+    def stamp():
+        return os.stat(moved).st_mtime_ns if os.path.exists(moved) else 0
+
+    before = stamp()
+    run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env,
+                           start_new_session=True)
+    if rng.random() < 0.2:
+        time.sleep(rng.uniform(0, startup))
+    else:
+        while stamp() == before and run.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, span))
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.killpg(run.pid, signal.SIGKILL)
+    err = run.communicate()[1].decode()
+    assert run.returncode in (0, -signal.SIGKILL), err
+    return run.returncode != 0
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_random_moments(toy, tmp_path, script):
     """SIGKILL, resume, again and again: in the end the bits of the uninterrupted run."""
-    began = time.perf_counter()
-    subprocess.run(command(script, toy, f"{tmp_path}/whole"), check=True, capture_output=True)
-    whole, rng = time.perf_counter() - began, random.Random(script)
-    out, killed = f"{tmp_path}/killed", 0
-    words = command(script, toy, out, resume=True)
-    for _ in range(KILLS or 2):
-        run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        time.sleep(rng.uniform(0.3 if KILLS else 0.6, 0.99) * whole)
-        run.kill()
-        err = run.communicate()[1].decode()
-        if os.path.exists(f"{out}/final"):
-            break
-        assert run.returncode == -signal.SIGKILL, err
-        killed += 1
-    if not os.path.exists(f"{out}/final"):
-        subprocess.run(words, check=True, capture_output=True)
-    print(f"{script}: killed {killed} times")
-    assert same_weights(out, f"{tmp_path}/whole")
-    assert timeless(rows_of(f"{out}/metrics.jsonl")) == timeless(rows_of(
-        f"{tmp_path}/whole/metrics.jsonl"))
-    if script == "online_rlhf":
-        assert rows_of(f"{out}/stream.jsonl") == rows_of(f"{tmp_path}/whole/stream.jsonl")
+    rng, env = random.Random(script), os.environ | {"OMP_NUM_THREADS": "1"}
+    short = dict(steps=200, save_every=3) if KILLS else dict(steps=60, save_every=7)
+    whole, began = f"{tmp_path}/whole", time.time()
+    subprocess.run(command(script, toy, whole, **short), check=True, capture_output=True, env=env)
+    startup = os.stat(f"{whole}/args.json").st_mtime - began
+    training = os.stat(f"{whole}/metrics.jsonl").st_mtime - began - startup
+    killed, runs = 0, 0
+    while killed < (KILLS or 2):  # where a run ends before its kills are spent, another begins
+        out, runs = f"{tmp_path}/killed-{runs}", runs + 1
+        words = command(script, toy, out, resume=True, **short)
+        while not os.path.exists(f"{out}/final") and killed < (KILLS or 2):
+            killed += kill_at_random(words, env, f"{out}/metrics.jsonl",
+                                     2 * training / (KILLS or 2), startup, rng)
+        if not os.path.exists(f"{out}/final"):
+            subprocess.run(words, check=True, capture_output=True, env=env)
+        assert same_weights(out, whole)
+        assert timeless(rows_of(f"{out}/metrics.jsonl")) == timeless(rows_of(
+            f"{whole}/metrics.jsonl"))
+        if script == "online_rlhf":
+            assert rows_of(f"{out}/stream.jsonl") == rows_of(f"{whole}/stream.jsonl")
+    print(f"{script}: killed {killed} times over {runs} runs of {training:.1f} s")
+
+
+@pytest.mark.parametrize("script", ["dpo", "online_rlhf"])
+def test_memory_is_flat(toy, tmp_path, script):
+    """What is resident, over the steps of a run that also evaluates and saves: no slope."""
+    out, seen = f"{tmp_path}/r", []
+    run = subprocess.Popen(
+        command(script, toy, out, steps=STEPS, batch_size=2, save_every=STEPS // 10,
+                eval_every=STEPS // 10, gold=f"{toy}/gold", baseline=f"{toy}/baseline.jsonl"),
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"})
+    while run.poll() is None:
+        with contextlib.suppress(OSError, ValueError):
+            with open(f"/proc/{run.pid}/statm") as f:
+                resident = int(f.read().split()[1]) * resource.getpagesize()
+            seen.append((os.path.getsize(f"{out}/metrics.jsonl"), resident))
+        time.sleep(0.02)
+    assert run.returncode == 0
+    whole = os.path.getsize(f"{out}/metrics.jsonl")
+    steps, sizes = zip(*((STEPS * at / whole, size / 1e6) for at, size in seen
+                         if at > whole / 4), strict=True)
+    slope, _ = statistics.linear_regression(steps, sizes)
+    print(f"{script}: {slope * 1000:+.2f} MB per 1,000 steps, {len(steps)} samples, "
+          f"{min(sizes):.0f} to {max(sizes):.0f} MB")
+    assert abs(slope) * STEPS < 5
 
 
 def test_full_disk_loses_nothing(toy, tmp_path):

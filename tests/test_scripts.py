@@ -240,6 +240,10 @@ def bad(tmp_path, toy):
     shutil.copytree(f"{toy}/sft/final", tmp_path / "endless", dirs_exist_ok=True)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
+    shutil.copytree(f"{toy}/gold/final", tmp_path / "other", dirs_exist_ok=True)
+    words = (tmp_path / "other/tokenizer.json").read_text()
+    (tmp_path / "other/tokenizer.json").write_text(words.replace('"fox"', '"dog"'))
+    judged = dict(gold=f"{toy}/gold", max_prompt_tokens=32, max_response_tokens=40)
     (tmp_path / "started").mkdir(exist_ok=True)
     file("started/metrics.jsonl", '{"step": 1}\n')
     dpo = dict(model=f"{toy}/sft", data=f"{toy}/data/golden.jsonl", out=f"{tmp_path}/new")
@@ -271,6 +275,19 @@ def bad(tmp_path, toy):
         ("not a judge", "online_rlhf", flags(model=f"{toy}/sft", prompts=dpo["data"],
                                              labeller=f"{toy}/sft", out=dpo["out"]),
          "not a preference model"),
+        ("labeller's tokenizer", "online_rlhf", flags(
+            model=f"{toy}/sft", prompts=dpo["data"], labeller=f"{tmp_path}/other", out=dpo["out"]),
+         "other has another tokenizer"),
+        ("judge's tokenizer", "dpo", flags(**dpo | judged | {"gold": f"{tmp_path}/other"},
+                                           baseline=f"{toy}/baseline.jsonl"),
+         "other has another tokenizer"),
+        *((f"baseline: {says}", "dpo", flags(**dpo | judged, baseline=file(
+            f"{i}.jsonl", json.dumps({"prompt_ids": [5], "response_ids": [6], **row}) + "\n")),
+           f"{i}.jsonl:1: {says}") for i, (row, says) in enumerate([
+               ({"prompt_ids": None}, "prompt_ids must be 1 to 32 tokens"),
+               ({"prompt_ids": [5] * 33}, "prompt_ids must be 1 to 32 tokens"),
+               ({"response_ids": []}, "response_ids must be 1 to 40 tokens"),
+               ({"response_ids": [1 << 40]}, "response_ids must be 1 to 40 tokens")])),
         ("messages", "dpo", flags(**dpo | {"data": file("m.jsonl", json.dumps(
             {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}) + "\n")}), "m.jsonl:1"),
         ("label exists", "reward", ["label", *flags(model=f"{toy}/gold", data=dpo["data"],
