@@ -13,8 +13,9 @@ gold/accuracy_self    the same on pairs of the policy's own samples, labelled by
 gold/chosen_logratio  mean log pi(y_w|x) - log ref(y_w|x) on D_golden (figure 8)
 Each comes with its standard error (.._se).
 
-`sample` writes responses to the first prompts of --data (a baseline), or, with --other and --gold,
-pairs of token ids sampled from two policies and labelled by the golden model (figure 12).
+`sample` writes responses to the first distinct prompts of --data (a baseline), or, with --other and
+--gold, a pair for each of its first rows, sampled from two policies, labelled by the golden model
+(figures 5, 12). `classify` follows a stream and asks who agrees with the golden model (figure 6).
 
 MIT licence. Shared: `load_judge` and `evaluate` are what the training scripts call.
 """
@@ -60,8 +61,11 @@ def parse_args(argv=None):
     draw = commands.add_parser("sample", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     draw.add_argument("--other", help="second policy: write pairs, labelled by --gold")
     draw.add_argument("--gold", help="golden preference model (with --other)")
-    draw.add_argument("--prompts", type=int, default=2048, help="distinct prompts at the most")
-    for p in (judge, draw):
+    draw.add_argument("--prompts", type=int, default=2048, help="prompts at the most")
+    follow = commands.add_parser("classify", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    follow.add_argument("--reference", required=True, help="policy that training started from")
+    follow.add_argument("--gold", required=True, help="golden preference model")
+    for p in (judge, draw, follow):
         p.add_argument("--model", required=True, help="policy: run folder, folder or hub name")
         p.add_argument("--data", required=True, help="pairs (jsonl, jsonl.gz)")
         p.add_argument("--out", required=True, help="file to write")
@@ -475,7 +479,7 @@ def mean_se(name, values):
 
 
 def evaluate(policy, judge):
-    """Judge a policy: ({"gold/...": number}, a few samples). The same noise at every call."""
+    """Judge a policy: ({"gold/...": number}, 256 samples). The same noise at every call."""
     generator = torch.Generator().manual_seed(judge.seed)
     draw = partial(sample, policy, max_tokens=judge.max_tokens, eos=judge.tokenizer.eos_token_id,
                    generator=generator)
@@ -507,7 +511,7 @@ def evaluate(policy, judge):
     decode = partial(judge.tokenizer.decode, skip_special_tokens=True)
     samples = [{"prompt": decode(judge.prompts[i]), "response": decode(responses[i]),
                 "baseline": decode(judge.baseline[i]), "gold_margin": margins[i].item()}
-               for i in range(min(4, len(responses)))]
+               for i in range(len(twice))]
     return metrics, samples
 
 
@@ -515,9 +519,10 @@ def evaluate(policy, judge):
 
 
 def write_samples(args, policy, tokenizer, device):
-    """Write responses to the first distinct prompts of --data, or golden-labelled pairs of two."""
+    """Responses to the first distinct prompts of --data, or golden-labelled pairs of two."""
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    prompts = [list(p) for p in dict.fromkeys(tuple(p) for p, _, _ in pairs)][:args.prompts]
+    prompts = [tuple(p) for p, _, _ in pairs]
+    prompts = [*map(list, prompts if args.other else dict.fromkeys(prompts))][:args.prompts]
     generator = torch.Generator().manual_seed(args.seed)
 
     def draw(model):
@@ -544,6 +549,26 @@ def write_samples(args, policy, tokenizer, device):
             for (p, a, b), m in zip(pairs, margins, strict=True)]
 
 
+def follow_stream(args, policy, tokenizer, reference, device):
+    """Agreement with the golden model in ten parts of a stream: of its labeller, of the policy."""
+    gold, rows = load_labeller(args.gold, tokenizer, device, args.trust_remote_code), []
+    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    logps_of = choose_logps(reference, pairs)
+    for part in range(10):
+        start, end = (len(pairs) * i // 10 for i in (part, part + 1))
+        some = [pair for pair in pairs[start:end] if pair[1] != pair[2]][-2 * KL_PROMPTS:]
+        if not some:
+            fail(f"{args.data}: too few pairs to follow ({len(pairs)})")
+        label = prefer(gold, some, args.tokens_per_microbatch).sign()
+        logratios = (batch_logps(policy, logps_of, some, args.tokens_per_microbatch)
+                     - batch_logps(reference, logps_of, some, args.tokens_per_microbatch))
+        agree = (logratios[0] - logratios[1]).sign() * label
+        rows.append({"share_of_stream": (part + 1) / 10, "pairs": len(some),
+                     **mean_se("accuracy_labeller", (label + 1) / 2),
+                     **mean_se("accuracy_policy", (agree + 1) / 2)})
+    return rows
+
+
 def main(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -558,12 +583,15 @@ def main(args):
         reference, own = load_policy(args.reference, args.trust_remote_code, device)
         if own.get_vocab() != tokenizer.get_vocab():
             fail(f"{args.reference} has another tokenizer than {args.model}")
-        metrics, samples = evaluate(policy, load_judge(args, args.data, reference, tokenizer))
-        rows = [metrics]
-        for s in samples[:2]:
-            print(f"> {s['prompt'].strip()}\n  {s['response'].strip()}")
-        for name in (n for n in metrics if not n.endswith("_se")):
-            print(f"{name:22} {metrics[name]:8.4f} +- {metrics[name + '_se']:.4f}")
+        if args.command == "classify":
+            rows = follow_stream(args, policy, tokenizer, reference, device)
+        else:
+            metrics, samples = evaluate(policy, load_judge(args, args.data, reference, tokenizer))
+            rows = [metrics]
+            for s in samples[:2]:
+                print(f"> {s['prompt'].strip()}\n  {s['response'].strip()}")
+            for name in (n for n in metrics if not n.endswith("_se")):
+                print(f"{name:22} {metrics[name]:8.4f} +- {metrics[name + '_se']:.4f}")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with open(args.out + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

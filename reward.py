@@ -4,7 +4,7 @@
     python reward.py label --model runs/toy/gold --data data/toy/initial.jsonl --out golden.jsonl
 
 A language model with a linear score at every response token; the log-odds that y1 is better are the
-scores of y1 summed, minus those of y2. Both kinds read one row a pair, [x, y1, y2]:
+mean score of y1 minus that of y2 (a sum would pay length). Both kinds read one row, [x, y1, y2]:
   pairwise   y2 sees y1 (the paper's form); order randomised in training, judged both ways in use
   pointwise  y2 does not see y1, so that the log-odds are r(x, y1) - r(x, y2): Bradley-Terry
 The paper (2405.08448, appendix A) uses the pairwise form and names the point-wise one as the more
@@ -414,6 +414,9 @@ def load_labeller(name, tokenizer, device, trust_remote_code):
     return model
 
 
+SCORE_SCALE = 32  # a mean moves as many times slower than a sum: without it, 1 to 2% less accurate
+
+
 def preference_logits(model, pairs):
     """Log-odds (B,) that the first response of each (prompt, first, second) is the better one."""
     ids, positions, segments, visible, *_ = pack_pairs(pairs, model.device)
@@ -422,7 +425,9 @@ def preference_logits(model, pairs):
     hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
                               use_cache=False).last_hidden_state  # (B, T, D)
     scores = model.score(hidden).squeeze(-1).float()  # (B, T)
-    return (scores * (segments == 1)).sum(1) - (scores * (segments == 2)).sum(1)
+    first, second = ((scores * (segments == side)).sum(1) / (segments == side).sum(1).clamp(1)
+                     for side in (1, 2))
+    return SCORE_SCALE * (first - second)
 
 
 def swap(pairs):

@@ -1,16 +1,19 @@
-"""The experiments as commands over the other scripts: prints each, runs it, skips what is done.
+"""The paper's experiments as commands over the other scripts: runs them, skips what is done, plots.
 
-    python study.py --scale demo                 # toy data to a judged policy: table and figure
-    python study.py --scale demo --only losses   # four losses, online and offline, two seeds
-    python study.py --scale demo --list          # the commands, one a line, in order
+    python study.py --scale demo                  # toy data to a judged policy: table and figure
+    python study.py --scale toy --jobs 2          # every figure, three seeds: hours on two cores
+    python study.py --scale toy --only fig4       # one figure and what it needs
+    python study.py --scale paper --list          # the commands, in order, on real data and models
+    python study.py --scale paper --list 3        # of these the third wave: all can run at once
 
-Killed at any moment, it goes on from there when run again: every stage writes its result whole, and
-training runs resume from their last checkpoint.
+Each command makes one file or run folder and goes on from its checkpoint when it is run again: the
+study can be killed at any moment. On a cluster run wave after wave (xargs -P, a job array).
 
 MIT licence. Reading order: tasks.py, sft.py, reward.py, dpo.py, gold_eval.py, online_rlhf.py.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
@@ -19,159 +22,404 @@ import subprocess
 import sys
 import time
 
+from tqdm import tqdm
+
 import plots
 
-# IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta; DPO never stops: it gets a larger beta.
-BETAS = {"ipo": {"beta": 0.1}, "dpo": {"beta": 0.5}, "slic": {"beta": 0.2}, "bo2": {}}
+TOY_SIZES = {"-w32": (32, 1), "-w96": (96, 3)}  # width, layers; tasks.py's own are 64 and 2
+TOY = dict(
+    tasks=["toy"], pairs=64_000, prompts=1024, seeds=[0, 1, 2], sizes=["", "-w32", "-w96"],
+    lengths=dict(max_prompt_tokens=32, max_response_tokens=64, tokens_per_microbatch=8192),
+    sft=dict(steps=800, batch_size=64, lr=2e-3, warmup=20),
+    gold=dict(kind="pointwise", steps=2000, batch_size=64, lr=1e-3, warmup=50),
+    proxy=dict(kind="pointwise", steps=1200, batch_size=64, lr=1e-3, warmup=50),
+    train=dict(batch_size=32, warmup=20, save_every=100), steps=400, long=1600,
+    lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40])
+SCALES = {
+    "demo": TOY | dict(seeds=[0], sizes=[""], steps=300, long=300, lrs=[3e-4], betas=[0.1]),
+    "toy": TOY,
+    "paper": dict(  # its hyper-parameters (section 4, appendix A); models are flags
+        tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0], sizes=["", "-2", "-3"],
+        pairs=90_000, prompts=2048,
+        lengths=dict(max_prompt_tokens=896, max_response_tokens=128),
+        sft=dict(steps=4000, batch_size=128, lr=3e-5),
+        gold=dict(steps=20_000, batch_size=16, lr=1e-4, warmup=1000),
+        proxy=dict(steps=20_000, batch_size=32, lr=1e-4, warmup=1000),
+        train=dict(batch_size=32), steps=4000, long=20_000,
+        lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500]),
+}
+# IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
+OTHER_BETAS = {"dpo": [0.1, 0.5], "slic": [0.1, 0.5]}
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--scale", choices=["demo"], default="demo", help="how large")
-    p.add_argument("--only", choices=["main", "losses"], default="main",
-                   help="main: IPO online and offline, DPO offline; losses: all, two seeds")
-    p.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    p.add_argument("--scale", choices=SCALES, default="demo", help="how large")
+    p.add_argument("--only", nargs="+", choices=FIGURES, metavar="FIGURE",
+                   help=f"some of: {', '.join(FIGURES)} (default: all; demo: main)")
+    p.add_argument("--jobs", type=int, default=1, help="commands at once; they share the cores")
+    p.add_argument("--list", type=int, nargs="?", const=0, metavar="WAVE",
+                   help="print the commands, or those of one wave, and run nothing")
+    p.add_argument("--policy", nargs=3, metavar="MODEL", help="paper: policies by size",
+                   default=["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B"])
+    p.add_argument("--golden", default="Qwen/Qwen2.5-7B", metavar="MODEL",
+                   help="paper: backbone of the golden model, of the policies' tokenizer")
     return p.parse_args(argv)
 
 
-def stage(script, makes, *positional, **flags):
-    """One command and the path that shows it done."""
-    words = [script, *positional]
-    for name, value in flags.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return words, makes
+class Study:
+    """Stages of one task in dependency order; a stage that is asked for twice is there once."""
 
-
-class Pipeline:
-    """The toy pipeline's stages in dependency order, under data/NAME and runs/NAME."""
-
-    def __init__(self, name):
-        self.data, self.runs, self.stages = f"data/{name}", f"runs/{name}", []
-        lengths = dict(max_prompt_tokens=32, max_response_tokens=96, tokens_per_microbatch=8192)
-        self.lengths, data, runs = lengths, self.data, self.runs
-        preference = dict(kind="pointwise", steps=1200, batch_size=64, lr=1e-3, warmup=50,
-                          resume=True, **lengths)
-        self.add("tasks.py", f"{data}/initial.jsonl", "toy", out=data)
-        self.add("sft.py", f"{runs}/sft/final", model=f"{data}/base", data=f"{data}/initial.jsonl",
-                 out=f"{runs}/sft", steps=800, batch_size=64, lr=2e-3, warmup=20, resume=True,
-                 **lengths)
-        self.add("reward.py", f"{runs}/gold/final", "train", model=f"{runs}/sft",
-                 data=f"{data}/initial.jsonl", out=f"{runs}/gold", **preference)
-        for split, labelled in (("initial", "golden"), ("validation", "golden-validation")):
-            self.add("reward.py", f"{data}/{labelled}.jsonl", "label", model=f"{runs}/gold",
-                     data=f"{data}/{split}.jsonl", out=f"{data}/{labelled}.jsonl", **lengths)
-        self.add("reward.py", f"{runs}/proxy/final", "train", model=f"{runs}/sft",
-                 data=f"{data}/golden.jsonl", validation=f"{data}/golden-validation.jsonl",
-                 out=f"{runs}/proxy", **preference)
-        self.training = dict(model=f"{runs}/sft", batch_size=32, lr=3e-4, warmup=20, resume=True,
-                             save_every=50, **lengths)
-        self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo",
-                 labeller=f"{runs}/gold", prompts=f"{data}/golden.jsonl",
-                 out=f"{runs}/golden-policy", steps=300, beta=0.1, **self.training)
-        for policy in ("golden-policy", "sft"):
-            self.add("gold_eval.py", f"{data}/{policy}-baseline.jsonl", "sample",
-                     model=f"{runs}/{policy}", data=f"{data}/golden.jsonl",
-                     out=f"{data}/{policy}-baseline.jsonl", **lengths)
-        self.judge("sft", ["golden-policy", "sft"])
+    def __init__(self, args, task, stages):
+        self.scale, self.args, self.task, self.stages = SCALES[args.scale], args, task, stages
+        several = len(self.scale["tasks"]) > 1
+        self.root = f"runs/{args.scale}"
+        self.data, self.runs = (f"{folder}/{args.scale}" + (f"/{task}" if several else "")
+                                for folder in ("data", "runs"))
+        self.pipeline()
 
     def add(self, script, makes, *positional, **flags):
-        self.stages.append(stage(script, makes, *positional, **flags))
+        """One command and the path that shows it done."""
+        words = [script, *positional]
+        for name, value in flags.items():
+            words += [f"--{name.replace('_', '-')}", *(
+                [] if value is True else map(str, value) if isinstance(value, list)
+                else [str(value)])]
+        self.stages.setdefault(makes, words)
 
-    def train(self, name, script, steps=300, **flags):
-        """A training run, judged along the way against the golden policy, at its end also SFT."""
-        source = "prompts" if script == "online_rlhf.py" else "data"
-        labeller = {"labeller": f"{self.runs}/proxy"} if script == "online_rlhf.py" else {}
-        data = {source: f"{self.data}/golden.jsonl", "eval_data": f"{self.data}/golden.jsonl"}
-        self.add(script, f"{self.runs}/{name}/final", **{**data, **labeller, **flags},
-                 out=f"{self.runs}/{name}", steps=steps, gold=f"{self.runs}/gold",
-                 baseline=f"{self.data}/golden-policy-baseline.jsonl", eval_every=50,
-                 **self.training)
-        self.judge(name, ["sft"])
+    def pipeline(self):
+        """Data, SFT, golden and proxy models, D_golden, the golden policy and its responses."""
+        s, data, runs = self.scale, self.data, self.runs
+        if self.task == "toy":
+            self.add("tasks.py", f"{data}/initial.jsonl", "toy", out=data, pairs=s["pairs"])
+        else:
+            for task in s["tasks"]:
+                folder = f"{os.path.dirname(data)}/{task}"
+                self.add("tasks.py", f"{folder}/initial.jsonl", task, out=folder, text=True)
+        sft = self.sft("")
+        golden = sft if self.task == "toy" else self.args.golden
+        self.add("reward.py", f"{runs}/gold/final", "train", model=golden, resume=True,
+                 data=f"{data}/initial.jsonl", out=f"{runs}/gold", **s["gold"], **s["lengths"])
+        splits = {"initial": "golden"} | (
+            {"validation": "golden-validation"} if self.task == "toy" else {})
+        for split, labelled in splits.items():
+            self.add("reward.py", f"{data}/{labelled}.jsonl", "label", model=f"{runs}/gold",
+                     data=f"{data}/{split}.jsonl", out=f"{data}/{labelled}.jsonl", **s["lengths"])
+        self.proxy("proxy", f"{data}/golden.jsonl")
+        self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo", model=sft,
+                 labeller=f"{runs}/gold", prompts=f"{data}/golden.jsonl", resume=True, lr=s["lr"],
+                 out=f"{runs}/golden-policy", steps=s["steps"], beta=s["beta"], **s["train"],
+                 **s["lengths"])
+        self.baseline("golden-policy", f"{runs}/golden-policy")
 
-    def judge(self, name, baselines):
-        """Judge a finished policy against the responses of these policies."""
-        for policy in baselines:
-            out = f"{self.runs}/{name}/judged-{policy}.json"
-            self.add("gold_eval.py", out, "judge", model=f"{self.runs}/{name}",
-                     reference=f"{self.runs}/sft", gold=f"{self.runs}/gold",
-                     baseline=f"{self.data}/{policy}-baseline.jsonl",
-                     data=f"{self.data}/golden.jsonl", out=out, seed=1, **self.lengths)
+    def sft(self, size):
+        """The SFT policy of a size, on the pairs of all tasks; returns its run folder."""
+        s, out, folder = self.scale, f"{self.root}/sft{size}", os.path.dirname(self.data)
+        if self.task == "toy":
+            base, data = f"{self.data}{size.replace('-', '/')}/base", [self.data]
+            if size:
+                width, layers = TOY_SIZES[size]
+                self.add("tasks.py", base, "toy", out=os.path.dirname(base), width=width,
+                         layers=layers, pairs=s["pairs"])
+        else:
+            base = self.args.policy[s["sizes"].index(size)]
+            data = [f"{folder}/{task}" for task in s["tasks"]]
+        self.add("sft.py", f"{out}/final", model=base, data=[f"{d}/initial.jsonl" for d in data],
+                 out=out, resume=True, **s["sft"], **s["lengths"])
+        return out
+
+    def proxy(self, name, pairs):
+        """A preference model of the policy's size, trained on golden labels."""
+        validation = {"validation": f"{self.data}/golden-validation.jsonl"}
+        self.add("reward.py", f"{self.runs}/{name}/final", "train", model=self.sft(""), data=pairs,
+                 out=f"{self.runs}/{name}", resume=True, **self.scale["proxy"],
+                 **(validation if self.task == "toy" else {}), **self.scale["lengths"])
+
+    def baseline(self, name, policy):
+        """Responses of a policy, to judge others against."""
+        out = f"{self.data}/{name}-baseline.jsonl"
+        self.add("gold_eval.py", out, "sample", model=policy, data=f"{self.data}/golden.jsonl",
+                 out=out, prompts=self.scale["prompts"], **self.scale["lengths"])
+
+    def train(self, name, script, seed, size="", beta=None, steps=None, **flags):
+        """A training run, judged along the way against the golden policy; returns its name."""
+        s, out = self.scale, f"{self.runs}/{name}{size}-s{seed}"
+        steps = steps or s["steps"]
+        golden = f"{self.data}/golden.jsonl"
+        every = max(1, steps // (16 if steps > s["steps"] else 8))
+        self.add(script, f"{out}/final", model=self.sft(size), out=out, seed=seed, steps=steps,
+                 **flags, **({"beta": beta} if beta else {}), eval_data=golden,
+                 gold=f"{self.runs}/gold", baseline=f"{self.data}/golden-policy-baseline.jsonl",
+                 eval_every=every, resume=True, **s["train"], **s["lengths"])
+        return out
+
+    def online(self, seed, loss="ipo", beta=None, size="", proxy="proxy", lr=None, steps=None):
+        beta = None if loss == "bo2" else beta or self.scale["beta"]
+        name = f"online-{loss}" + (f"-b{beta}" if beta else "") + proxy.removeprefix("proxy")
+        if steps:
+            name += f"-{steps}steps"
+        return self.train(name, "online_rlhf.py", seed, size, beta, steps, loss=loss,
+                          lr=lr or self.scale["lr"], labeller=f"{self.runs}/{proxy}",
+                          prompts=f"{self.data}/golden.jsonl")
+
+    def offline(self, seed, loss="ipo", beta=None, size="", lr=None, steps=None, data=None, tag="",
+                **flags):
+        """On D_golden, or on `data`, a file that another stage makes."""
+        beta, lr = None if loss == "bo2" else beta or self.scale["beta"], lr or self.scale["lr"]
+        name = loss + tag + (f"-b{beta}" if beta else "") + f"-lr{lr}"
+        return self.train(name, f"{loss}.py", seed, size, beta, steps, lr=lr,
+                          data=data or f"{self.data}/golden.jsonl", **flags)
+
+    def shuffled(self, seed, loss="ipo", beta=None, size="", window=0):
+        """Offline on the stream of the online run of the same settings (1: in its exact order)."""
+        stream = f"{self.online(seed, loss, beta, size)}/stream.jsonl"
+        return self.offline(seed, loss, beta, size, data=stream, shuffle_window=window,
+                            tag=f"-window{window}" if window else "-shuffled")
+
+    # each figure returns the run folders that it draws, made by stages which it adds
+
+    def main(self):
+        runs = [self.online(0), self.offline(0), self.offline(0, "dpo", 0.5)]
+        self.baseline("sft", self.sft(""))
+        for run in [*runs, self.sft("")]:
+            for name in ["sft"] if run in runs else ["golden-policy", "sft"]:
+                out = f"{run}/judged-{name}.json"
+                self.add("gold_eval.py", out, "judge", model=run, reference=self.sft(""),
+                         gold=f"{self.runs}/gold", baseline=f"{self.data}/{name}-baseline.jsonl",
+                         data=f"{self.data}/golden.jsonl", out=out, seed=1, **self.scale["lengths"])
+        return runs
+
+    def fig1(self):
+        s = self.scale
+        return [self.online(seed, beta=beta) for seed in s["seeds"] for beta in s["betas"]] + [
+            self.offline(seed, beta=beta, lr=lr, steps=s["long"])  # holds the short run's
+            for seed in s["seeds"] for beta in s["betas"] for lr in s["lrs"]]  # checkpoints too
+
+    def fig4(self):
+        return self.fig1() + [self.shuffled(seed, beta=beta)
+                              for seed in self.scale["seeds"] for beta in self.scale["betas"]]
+
+    def fig5(self):
+        return self.fig1() + self.of_two("final", "final")
+
+    def of_two(self, first, second):
+        """Offline on pairs sampled from two policies and relabelled by the golden model."""
+        s, runs = self.scale, []
+        for seed in s["seeds"]:
+            policies = {"sft": self.sft(""), "early": self.online(seed, steps=s["steps"] // 5),
+                        "final": self.online(seed)}
+            data = f"{self.data}/{first}-vs-{second}-s{seed}.jsonl"
+            self.add("gold_eval.py", data, "sample", model=policies[first],
+                     other=policies[second], gold=f"{self.runs}/gold",
+                     data=f"{self.data}/golden.jsonl", out=data, seed=seed,
+                     prompts=s["steps"] * s["train"]["batch_size"], **s["lengths"])
+            runs += [self.offline(seed, beta=beta, data=data, tag=f"-{first}-vs-{second}")
+                     for beta in s["betas"]]
+        return runs
+
+    def fig6(self):
+        """Agreement with the golden model along D_online: the proxy, an online, an offline run."""
+        outs = []
+        for seed in self.scale["seeds"]:
+            online, offline = self.online(seed), self.offline(seed, steps=self.scale["long"])
+            for name, policy in (("online", online), ("offline", offline)):
+                outs.append(f"{self.runs}/classify-{name}-s{seed}.jsonl")
+                self.add("gold_eval.py", outs[-1], "classify", model=policy, out=outs[-1],
+                         reference=self.sft(""), gold=f"{self.runs}/gold",
+                         data=f"{online}/stream.jsonl", **self.scale["lengths"])
+        return outs
+
+    def fig9(self):
+        s = self.scale
+        return [run for seed in s["seeds"] for run in (
+            self.online(seed, "bo2"), self.shuffled(seed, "bo2"),
+            *(self.offline(seed, "bo2", lr=lr) for lr in s["lrs"]))]
+
+    def fig10(self):
+        s = self.scale
+        return [run for size in s["sizes"] for seed in s["seeds"] for run in (
+            self.online(seed, size=size), self.shuffled(seed, size=size),
+            self.offline(seed, size=size, steps=s["long"]))]
+
+    def fig12(self):
+        return self.fig5() + self.of_two("sft", "early") + self.of_two("early", "final")
+
+    def fig13(self):
+        s = self.scale
+        beta = min(s["betas"])  # drifts furthest, so that order can matter
+        return [self.online(seed, beta=beta) for seed in s["seeds"]] + [
+            self.shuffled(seed, beta=beta, window=window)
+            for seed in s["seeds"] for window in (1, *s["windows"], 0)]
+
+    def tandem(self):
+        beta = min(self.scale["betas"])
+        return [self.online(0, beta=beta), self.shuffled(0, beta=beta, window=1),
+                self.shuffled(0, beta=beta, window=self.scale["windows"][0])]
+
+    def losses(self):
+        return [run for seed in self.scale["seeds"] for loss, betas in OTHER_BETAS.items()
+                for beta in betas for run in (self.online(seed, loss, beta),
+                                              self.offline(seed, loss, beta))]
+
+    def proxies(self):
+        """Proxies trained on 1/16, 1/4 and all of D_golden; offline always has all of it."""
+        s, golden = self.scale, f"{self.data}/golden.jsonl"
+        runs = [self.offline(seed, beta=beta, steps=s["long"]) for seed in s["seeds"]
+                for beta in s["betas"]]
+        for name, share in (("proxy16", 16), ("proxy4", 4)):
+            folder = f"{self.data}/{name}"
+            self.add("tasks.py", f"{folder}/initial.jsonl", "file", file=golden, out=folder,
+                     pairs=s["pairs"] // share)
+            self.proxy(name, f"{folder}/initial.jsonl")
+            runs += [self.online(seed, beta=beta, proxy=name) for seed in s["seeds"]
+                     for beta in s["betas"]]
+        return runs + [self.online(seed, beta=beta) for seed in s["seeds"] for beta in s["betas"]]
 
 
-def experiment(scale, only):
-    """The pipeline of an experiment and the names of its judged runs."""
-    pipeline, names = Pipeline(scale), []
-    if only == "main":
-        for name, script, flags in (("online-ipo-s0", "online_rlhf.py", {"loss": "ipo"}),
-                                    ("ipo-s0", "ipo.py", {}), ("dpo-s0", "dpo.py", {})):
-            pipeline.train(name, script, **flags, **BETAS[name.split("-")[-2]])
-            names.append(name)
-    else:
-        for seed in (0, 1):
-            for loss in BETAS:
-                beta = BETAS[loss]
-                pipeline.train(f"online-{loss}-s{seed}", "online_rlhf.py", loss=loss, seed=seed,
-                               **beta)
-                pipeline.train(f"{loss}-s{seed}", f"{loss}.py", seed=seed, **beta)
-                names += [f"online-{loss}-s{seed}", f"{loss}-s{seed}"]
-    return pipeline, names
+FIGURES = {  # name: the method that lists its runs
+    "main": Study.main, "fig1": Study.fig1, "fig4": Study.fig4, "fig6": Study.fig6,
+    "fig7": Study.fig4, "fig8": Study.fig4, "self": Study.fig4, "gap": Study.fig4,
+    "utility": Study.fig4, "fig13": Study.fig13, "tandem": Study.tandem, "fig9": Study.fig9,
+    "proxies": Study.proxies, "fig5": Study.fig5, "fig12": Study.fig12, "losses": Study.losses,
+    "fig10": Study.fig10, "fig11": Study.fig10, "fig14": Study.fig10,
+}
 
 
-def run(stages):
-    """Run the stages in order, each a command of its own; stop at the first that fails."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    for i, (words, makes) in enumerate(stages, 1):
-        command = f"python {shlex.join(words)}"
-        if os.path.exists(makes):
-            print(f"[{i}/{len(stages)}] done: {makes}", flush=True)
-            continue
-        print(f"[{i}/{len(stages)}] {command}", flush=True)
-        began = time.perf_counter()
-        script = os.path.join(here, words[0])
-        child = subprocess.Popen([sys.executable, script, *words[1:]])
-        for number in (signal.SIGINT, signal.SIGTERM):  # the stage saves and stops, then we do
-            signal.signal(number, lambda number, _, child=child: child.send_signal(number))
-        status = child.wait()
-        if status:
-            print(f"error: `{command}` ended with status {status}", file=sys.stderr)
-            raise SystemExit(status if status > 0 else 128 - status)
-        print(f"      {time.perf_counter() - began:.0f} s", flush=True)
+def experiments(args):
+    """({path: its command}, in dependency order; {(task, figure): what it draws})."""
+    stages, drawn = {}, {}
+    demo = args.scale == "demo"
+    figures = args.only or [name for name in FIGURES if (name == "main") == demo]
+    for task in SCALES[args.scale]["tasks"]:
+        study = Study(args, task, stages)
+        for figure in figures:
+            drawn[task, figure] = FIGURES[figure](study)
+    return stages, drawn
 
 
-def table(runs, names):
+def out_of(words):
+    return words[words.index("--out") + 1]
+
+
+def needs(stages):
+    """For each stage the set of earlier ones that make what it reads: files under their --out."""
+    before, found = {}, {}
+    for makes, words in stages.items():
+        read = [w for w, flag in zip(words[1:], words, strict=False) if flag != "--out"]
+        found[makes] = {path for path, out in before.items()
+                        if any(w == out or w.startswith(out + "/") for w in read)}
+        before[makes] = out_of(words)
+    return found
+
+
+def waves(stages):
+    """The stages as lists of commands: those of one list need only what earlier lists make."""
+    wave = {}
+    for makes, read in needs(stages).items():
+        wave[makes] = max((wave[r] + 1 for r in read), default=0)
+    return [[stages[m] for m in wave if wave[m] == i] for i in range(max(wave.values()) + 1)]
+
+
+def start(words, jobs, lock):
+    """Start one command; with several at once its output goes to a file beside what it makes."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), words[0])
+    env, log = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}, None
+    if jobs > 1:
+        os.makedirs(os.path.dirname(out_of(words)) or ".", exist_ok=True)
+        log = open(f"{out_of(words)}.log", "a")  # noqa: SIM115  closed below
+    child = subprocess.Popen([sys.executable, script, *words[1:]], stdout=log, stderr=log, env=env,
+                             pass_fds=[lock.fileno()])  # an orphan keeps the next study waiting
+    if log:
+        log.close()
+    return child
+
+
+def run(stages, jobs, folder):
+    """Run the stages, `jobs` at once, each when what it reads is made; stop at a failure."""
+    os.makedirs(folder, exist_ok=True)
+    cost = {makes: int(words[words.index("--steps") + 1]) if "--steps" in words else 100
+            for makes, words in stages.items()}
+    read, running, began = needs(stages), {}, {}
+    with open(f"{folder}/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        todo = [makes for makes in stages if not os.path.exists(makes)]
+        bar = tqdm(total=sum(cost.values()), initial=sum(cost[m] for m in cost if m not in todo),
+                   unit="step", disable=not sys.stderr.isatty(), smoothing=0)
+        bar.set_postfix(commands=f"{len(stages) - len(todo)}/{len(stages)}")
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        try:
+            while todo or running:
+                for makes in todo:
+                    if len(running) < jobs and not read[makes] & {*todo, *running}:
+                        bar.write(f"python {shlex.join(stages[makes])}", sys.stdout)
+                        running[makes] = start(stages[makes], jobs, lock)
+                        began[makes] = time.perf_counter()
+                todo = [makes for makes in todo if makes not in running]
+                time.sleep(0.05)
+                for makes in [m for m in running if running[m].poll() is not None]:
+                    if status := running.pop(makes).returncode:
+                        command = shlex.join(stages[makes])
+                        log = f"; see {out_of(stages[makes])}.log" if jobs > 1 else ""
+                        print(f"error: `python {command}` ended with status {status}{log}",
+                              file=sys.stderr)
+                        raise SystemExit(status if status > 0 else 128 - status)
+                    bar.update(cost[makes])
+                    done = len(stages) - len(todo) - len(running)
+                    bar.set_postfix(commands=f"{done}/{len(stages)}")
+                    bar.write(f"[{done}/{len(stages)}] {time.perf_counter() - began[makes]:.0f} s: "
+                              f"{makes}", sys.stdout)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        finally:  # what still runs saves and stops
+            for child in running.values():
+                child.terminate()
+            for child in running.values():
+                child.wait()
+            bar.close()
+
+
+def table(runs, sft):
     """A Markdown table of the judged policies: value and standard error of each measure."""
     columns = {"win rate, golden policy": "win_rate", "win rate, SFT": "win_rate", "KL": "kl",
                "accuracy on D_golden": "accuracy_golden", "on own samples": "accuracy_self",
                "tokens": "response_length"}
     lines = ["| policy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in ["sft", *names]:
+    for run in [sft, *runs]:
         cells = []
         for title, key in columns.items():
             judged = "judged-sft.json" if title.endswith("SFT") else "metrics.jsonl"
-            if name == "sft" and judged == "metrics.jsonl":
+            if run == sft and judged == "metrics.jsonl":
                 judged = "judged-golden-policy.json"
-            with open(f"{runs}/{name}/{judged}", encoding="utf-8") as f:
+            with open(f"{run}/{judged}", encoding="utf-8") as f:
                 found = json.loads(f.readlines()[-1])
             cells.append(f"{found[f'gold/{key}']:.3f} ± {found[f'gold/{key}_se']:.3f}"
                          if f"gold/{key}" in found else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {os.path.basename(run)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(args):
-    pipeline, names = experiment(args.scale, args.only)
-    if args.list:
-        for words, _ in pipeline.stages:
+    if args.jobs < 1:
+        plots.fail(f"--jobs {args.jobs} is out of range")
+    stages, drawn = experiments(args)
+    if args.list is not None:
+        chosen = waves(stages)
+        if not 0 <= args.list <= len(chosen):
+            plots.fail(f"--list {args.list}: there are waves 1 to {len(chosen)}")
+        for words in sum(chosen[args.list - 1:args.list] if args.list else chosen, []):
             print(f"python {shlex.join(words)}")
         return
-    run(pipeline.stages)
-    result = table(pipeline.runs, names)
-    with open(f"{pipeline.runs}/{args.only}.md", "w", encoding="utf-8") as f:
-        f.write(result + "\n")
-    print("\n" + result)
-    plots.main(plots.parse_args([*(f"{pipeline.runs}/{name}" for name in names),
-                                 "--out", f"{pipeline.runs}/{args.only}.png"]))
+    run(stages, args.jobs, f"runs/{args.scale}")
+    for (task, figure), runs in drawn.items():
+        folder = f"runs/{args.scale}/figures" + (f"/{task}" if len(SCALES[args.scale]["tasks"]) > 1
+                                                 else "")
+        plots.main(plots.parse_args([*runs, "--figure", figure, "--out", f"{folder}/{figure}.png"]))
+        if figure == "main":
+            result = table(runs, f"runs/{args.scale}/sft")
+            with open(f"{folder}/main.md", "w", encoding="utf-8") as f:
+                f.write(result + "\n")
+            print("\n" + result)
 
 
 if __name__ == "__main__":

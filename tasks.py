@@ -98,9 +98,9 @@ def toy_prompt(rng):
 
 
 def toy_response(prompt, skill, rng):
-    """Two to four sentences by a writer of `skill` in [0, 1]: how often each wish is met."""
+    """Sentences by a writer of `skill` in [0, 1]: how often each wish and the grammar is met."""
     number, mood, animal = WISH.search(prompt).groups()
-    count = NUMBERS[number] if rng.random() < 0.4 + 0.6 * skill else rng.choice([2, 3, 4])
+    count = NUMBERS[number] if rng.random() < 0.4 + 0.6 * skill else rng.randint(1, 5)
     home, used, sentences = rng.choice(PLACES), set(), []
 
     def pick(part):
@@ -121,6 +121,9 @@ def toy_response(prompt, skill, rng):
             words.append(pick(2))
         if rng.random() < 0.45:
             words.append(home if rng.random() < 0.2 + 0.8 * skill else rng.choice(PLACES))
+        if rng.random() < 0.2 * (1 - skill):  # a slip: two words change places
+            at = rng.randrange(len(words) - 1)
+            words[at:at + 2] = words[at + 1], words[at]
         sentences.append(" ".join(words) + ".")
     return " ".join(sentences)
 
@@ -163,7 +166,7 @@ def toy_pairs(count, seed, noise):
     return pairs
 
 
-TOY_NOISE = 0.5  # in units of U: two such people agree on 83% of the pairs
+TOY_NOISE = 0.5  # in units of U: two such people agree on 85% of the pairs
 
 
 # ---- real data: one function a shape; each returns a pair or raises Drop -------------------------

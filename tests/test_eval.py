@@ -73,7 +73,7 @@ def test_pointwise_is_a_difference_of_two_scores():
 
     def score(prompt, response):
         hidden = model.model(torch.tensor([prompt + response])).last_hidden_state
-        return model.score(hidden)[0, len(prompt):].sum().item()
+        return 32 * model.score(hidden)[0, len(prompt):].mean().item()
 
     truth = torch.tensor([score(x, a) - score(x, b) for x, a, b in pairs])
     assert torch.allclose(reward.preference_logits(model, pairs), truth, atol=1e-3)
@@ -133,7 +133,7 @@ def test_evaluate_at_the_reference(toy):
     assert metrics["gold/kl"] == 0 and metrics["gold/chosen_logratio"] == 0
     assert metrics["gold/accuracy_golden"] == 0.5 and metrics["gold/accuracy_self"] == 0.5
     assert (metrics, samples) == gold_eval.evaluate(policy, judge)
-    assert len(judge.prompts) == 24 and len(samples) == 4
+    assert len(judge.prompts) == 24 and len(samples) == 24
     judge.baseline = gold_eval.sample(policy, judge.prompts, 2, 40, tokenizer.eos_token_id,
                                       torch.Generator().manual_seed(0))[::2]
     assert gold_eval.evaluate(policy, judge)[0]["gold/win_rate"] == 0.5

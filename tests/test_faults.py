@@ -125,6 +125,55 @@ def command(script, toy, out, **kwargs):
             *flags(**given)]
 
 
+TINY = dict(pairs=300, prompts=16, seeds=[0], betas=[0.1], lrs=[1e-3], steps=24, long=24,
+            train=dict(batch_size=8, warmup=2, save_every=3),
+            sft=dict(steps=24, batch_size=8, save_every=3), **{kind: dict(
+                kind="pointwise", steps=24, batch_size=8, lr=1e-3, warmup=2, eval_every=8,
+                save_every=3) for kind in ("gold", "proxy")})
+STUDY = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import study\n"
+         f"study.SCALES['demo'] |= {TINY}\n"
+         "study.main(study.parse_args(['--jobs', '2', '--only', 'fig4', 'fig6']))"]
+
+
+@pytest.mark.skipif(not KILLS, reason="the long form: KILLS=30")
+def test_study_killed_at_random_moments(tmp_path):
+    """A study, killed with its commands, or alone: then they go on, and the next study waits."""
+    rng, env = random.Random("study"), os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def made(folder):
+        """Every file of a study that has ended, by content; logs and clocks aside."""
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            name = str(path.relative_to(folder))
+            if path.suffix == ".safetensors" or name.startswith("data") and path.suffix == ".jsonl":
+                found[name] = path.read_bytes()
+            elif path.name in ("metrics.jsonl", "stream.jsonl"):
+                found[name] = timeless(rows_of(path))
+        return found
+
+    whole, killed, times = tmp_path / "whole", 0, 0
+    whole.mkdir()
+    began = time.perf_counter()
+    subprocess.run(STUDY, check=True, capture_output=True, env=env, cwd=whole)
+    took = time.perf_counter() - began
+    while killed < KILLS:
+        folder, times = tmp_path / f"killed-{times}", times + 1
+        folder.mkdir()
+        while killed < KILLS:
+            run = subprocess.Popen(STUDY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   env=env, cwd=folder, start_new_session=True)
+            try:
+                assert run.wait(rng.uniform(0, took / 3)) == 0, run.stderr.read().decode()
+                break  # it has ended before the kill
+            except subprocess.TimeoutExpired:
+                (os.killpg if rng.random() < 0.7 else os.kill)(run.pid, signal.SIGKILL)
+                run.wait()
+                killed += 1
+        subprocess.run(STUDY, check=True, capture_output=True, env=env, cwd=folder)
+        assert made(folder) == made(whole)
+    print(f"study: killed {killed} times over {times} studies of {took:.0f} s")
+
+
 def kill_at_random(words, env, moved, span, startup, rng):
     """Start a command in a process group of its own and SIGKILL the group at a random moment:
     one in five while it starts, else up to `span` seconds after the file `moved` was rewritten.
