@@ -176,11 +176,13 @@ def matched_gap(first, second, kls, draws=1000):
     """
     sides, rng = [by_seed(first), by_seed(second)], np.random.default_rng(0)
     seeds = sorted(sides[0].keys() & sides[1].keys())
+    if not seeds:
+        return {}
     ends = [[np.log([max(row["gold/kl"], 1e-6) for r in side[seed] for row in r["rows"]])
              for seed in seeds] for side in sides]
     low = max(x.min() for side in ends for x in side)
     high = min(x.max() for side in ends for x in side)
-    if not seeds or low >= high:
+    if low >= high:
         return {}
     grid = np.concatenate([np.log(kls), np.linspace(low, high, 41)])
 

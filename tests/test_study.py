@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -11,72 +12,181 @@ import plots
 import study
 
 
-@pytest.mark.parametrize("only", ["main", "losses"])
-def test_every_command_parses_and_its_inputs_are_made_before(only):
-    pipeline, names = study.experiment("demo", only)
-    made = set()
-    for words, makes in pipeline.stages:
+def args_of(*words):
+    return study.parse_args(list(words))
+
+
+@pytest.mark.parametrize("scale", study.SCALES)
+def test_every_figure_has_its_runs_and_every_command_its_inputs(scale):
+    stages, drawn = study.experiments(args_of("--scale", scale, "--only", *study.FIGURES))
+    names, made = {"toy": ["toy"], "demo": ["toy"]}.get(scale, study.SCALES[scale]["tasks"]), set()
+    assert drawn.keys() == {(task, figure) for task in names for figure in study.FIGURES}
+    for makes, words in stages.items():
         module = __import__(words[0].removesuffix(".py"))
         args = vars(module.parse_args(words[1:]))
         for key in ("model", "reference", "gold", "labeller", "baseline", "data", "prompts",
-                    "validation", "eval_data"):
+                    "validation", "eval_data", "file", "other"):
             value = args.get(key)
             for path in value if isinstance(value, list) else [value]:
-                if not isinstance(path, str):
-                    continue
-                base = path in ("data/demo/base", "data/demo/initial.jsonl",
-                                "data/demo/validation.jsonl")
-                assert base or path in made or f"{path}/final" in made, f"{words[0]} --{key} {path}"
+                if isinstance(path, str) and not path.startswith("Qwen/"):
+                    folder = path.removesuffix("/stream.jsonl")
+                    base = path.endswith(("/base", "/validation.jsonl")) and any(
+                        m.startswith(path.rsplit("/", 1)[0] + "/") for m in made)
+                    assert base or {path, f"{folder}/final"} & made, f"{words[0]} --{key} {path}"
         made.add(makes)
-    assert all(f"runs/demo/{name}/final" in made for name in names)
-    assert len(names) == {"main": 3, "losses": 16}[only]
+    for runs in drawn.values():
+        assert runs and all({run, f"{run}/final"} & made for run in runs)
+    if scale == "toy":  # what the paper's comparison asks for
+        sweep = [plots.os.path.basename(r) for r in drawn["toy", "fig1"]]
+        assert sum(r.startswith("ipo-") for r in sweep) == 3 * 3 * 3  # lr, beta, seed
+        assert sum(r.startswith("online-ipo-") for r in sweep) == 3 * 3
+        assert len(sweep) == len(set(sweep)) == 36
 
 
-def test_done_stages_are_skipped_and_failures_stop(tmp_path, capfd):
-    done = tmp_path / "done"
-    done.write_text("")
-    study.run([(["nonsense.py"], str(done))])
-    assert "done" in capfd.readouterr().out
+def test_waves_hold_each_command_once_and_after_its_inputs(capsys):
+    args = args_of("--scale", "toy")
+    stages, _ = study.experiments(args)
+    waves, read = study.waves(stages), study.needs(stages)
+    flat = [shlex.join(words) for wave in waves for words in wave]
+    assert sorted(flat) == sorted(shlex.join(words) for words in stages.values())
+    wave_of = {shlex.join(words): i for i, wave in enumerate(waves) for words in wave}
+    for makes, words in stages.items():
+        assert all(wave_of[shlex.join(stages[r])] < wave_of[shlex.join(words)] for r in read[makes])
+    assert read["data/toy/golden.jsonl"] == {"data/toy/initial.jsonl", "runs/toy/gold/final"}
+    shuffled = next(m for m in read if "/ipo-shuffled-b0.1" in m and m.endswith("-s1/final"))
+    assert "runs/toy/online-ipo-b0.1-s1/final" in read[shuffled]
+    study.main(args_of("--scale", "toy", "--list", "1"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"python {shlex.join(words)}" for words in waves[0]]
+
+
+def test_done_stages_are_skipped_and_failures_stop(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "done").write_text("")
+    toy = ["tasks.py", "toy", "--pairs", "20", "--width", "8", "--out", "data"]
+    copied = ["tasks.py", "file", "--file", "data/initial.jsonl", "--out", "copy"]
+    stages = {"done": ["nonsense.py", "--out", "done"], "data/initial.jsonl": toy,
+              "copy/initial.jsonl": copied}
+    study.run(stages, 2, "runs")
+    assert (tmp_path / "copy/initial.jsonl").read_bytes() == (
+        tmp_path / "data/initial.jsonl").read_bytes()
+    assert "20 pairs" in (tmp_path / "copy.log").read_text()
     with pytest.raises(SystemExit) as stop:
-        study.run([(["dpo.py", "--nonsense"], str(tmp_path / "new"))])
+        study.run({**stages, "new": ["dpo.py", "--nonsense", "--out", "new"]}, 1, "runs")
     assert stop.value.code == 2
+    assert "ended with status 2" in capfd.readouterr().err
+
+
+# ---- plots ---------------------------------------------------------------------------------------
 
 
 def write_run(folder, script, rows, **args):
     folder.mkdir()
-    (folder / "args.json").write_text(json.dumps({"script": script, "seed": 0, **args}))
+    given = {"script": script, "seed": 0, "beta": 0.1, "lr": 1e-3, "model": "runs/toy/sft",
+             "labeller": "runs/toy/proxy"} | args
+    (folder / "args.json").write_text(json.dumps(given))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    prompt, texts = "write two happy lines about a fox:", ("the fox danced. the fox sang.",
+                                                           "the fox danced.")
+    (folder / "samples.jsonl").write_text("".join(json.dumps(
+        {"step": r["step"], "prompt": prompt, "response": text}) + "\n"
+        for r in rows for text in texts))
     return str(folder)
 
 
-def gold(step, kl, win):
-    return {"step": step, "loss": 1.0, "gold/kl": kl, "gold/kl_se": kl / 10, "gold/win_rate": win,
-            "gold/win_rate_se": 0.01}
+def judged(step, kl, win):
+    return {"step": step, "loss": 1.0 / step, **{
+        f"gold/{key}{se}": value for key, number in (
+            ("kl", kl), ("win_rate", win), ("accuracy_golden", win / 2), ("accuracy_self", 0.5),
+            ("chosen_logratio", -kl)) for se, value in (("", number), ("_se", 0.01))}}
 
 
-def test_plots_show_the_runs(tmp_path, capsys):
-    rows = [{"step": 1, "loss": 1.0}, gold(2, 0.5, 0.25), gold(4, 4.0, 0.75)]
-    kept = dict(order="kept", shuffle_window=0)
-    runs = [write_run(tmp_path / "a", "online_rlhf.py", rows, loss="ipo"),
-            write_run(tmp_path / "b", "ipo.py", rows, data="golden.jsonl", **kept),
-            write_run(tmp_path / "c", "bo2.py", rows, data="x/stream.jsonl", **kept),
-            write_run(tmp_path / "d", "dpo.py", rows, data="x/stream.jsonl", order="shuffled",
-                      shuffle_window=0)]
-    plots.main(plots.parse_args([*runs, "--out", f"{tmp_path}/f.png"]))
+@pytest.fixture
+def recorded(tmp_path):
+    """Two seeds: online wins .1 more than offline at every KL; offline on its stream by order."""
+    kept, runs = dict(order="kept", shuffle_window=0), []
+    for seed in (0, 1):
+        rows = [{"step": 1, "loss": 1.0}, judged(2, 1.0, 0.3), judged(4, 4.0, 0.5)]
+        less = [{"step": 1, "loss": 1.0}, judged(2, 1.0, 0.2), judged(4, 4.0, 0.4)]
+        stream = dict(data="x/stream.jsonl", seed=seed)
+        runs += [
+            write_run(tmp_path / f"a{seed}", "online_rlhf.py", rows, loss="ipo", seed=seed),
+            write_run(tmp_path / f"b{seed}", "ipo.py", less, data="golden.jsonl", seed=seed,
+                      **kept),
+            write_run(tmp_path / f"c{seed}", "ipo.py", rows, **kept, **stream),
+            write_run(tmp_path / f"d{seed}", "ipo.py", less, order="shuffled", shuffle_window=0,
+                      **stream),
+            write_run(tmp_path / f"e{seed}", "ipo.py", less, order="shuffled", shuffle_window=4,
+                      **stream)]
+    return runs
+
+
+def table_of(path):
+    with open(path) as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize("figure", set(plots.FIGURES) - {"fig6"})
+def test_every_figure_draws(recorded, tmp_path, figure):
+    plots.main(plots.parse_args([*recorded, "--figure", figure, "--out", f"{tmp_path}/f.png"]))
     assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
-    with open(tmp_path / "f.csv") as f:
-        table = list(csv.DictReader(f))
-    assert [r["source"] for r in table[::2]] == ["online", "offline", "kept", "shuffled"]
+    assert table_of(tmp_path / "f.csv")
+    table = table_of(tmp_path / "f-checkpoints.csv")
+    assert [r["source"] for r in table[:10:2]] == ["online", "offline", "in order", "shuffled",
+                                                   "windows of 4"]
     assert [(r["step"], r["gold/kl"], r["gold/win_rate"]) for r in table[:2]] == [
-        ("2", "0.5", "0.25"), ("4", "4", "0.75")]
-    figure, axes = plots.plt.subplots()
-    plots.plot_win_rate_kl(axes, [plots.read_run(r) for r in runs])
-    x, y = axes.containers[0].lines[0].get_data()
-    assert list(x) == [0.5, 4.0] and list(y) == [0.25, 0.75]
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == [
-        "online IPO", "offline IPO", "offline on D_online, in order Bo2",
-        "offline on D_online, shuffled DPO"]
-    plots.plt.close(figure)
+        ("2", "1", "0.3"), ("4", "4", "0.5")]
+    assert float(table[0]["toy/utility"]) == pytest.approx((5 + 4) / 2)
+
+
+def test_figure_6_draws_the_classifiers(tmp_path):
+    for name, policy in (("classify-online-s0.jsonl", 0.6), ("classify-offline-s0.jsonl", 0.7)):
+        (tmp_path / name).write_text("".join(json.dumps({
+            "gold/accuracy_policy": policy, "gold/accuracy_labeller": 0.8}) + "\n"
+            for _ in range(10)))
+    files = [str(p) for p in sorted(tmp_path.glob("classify*"))]
+    plots.main(plots.parse_args([*files, "--figure", "fig6", "--out", f"{tmp_path}/f.png"]))
+    found = {r["classifier"]: float(r["mean"]) for r in table_of(tmp_path / "f.csv")}
+    assert found == {"offline": 0.7, "proxy": 0.8, "online": 0.6}
+
+
+def test_frontier_by_hand():
+    """Linear in log KL between a run's checkpoints; the higher run counts; none beyond the last."""
+    runs = [{"rows": [judged(1, 1.0, 0.2), judged(2, 4.0, 0.4), judged(3, 2.0, 0.5)]},
+            {"rows": [judged(1, 1.0, 0.25), judged(2, 1.5, 0.25)]}]
+    grid = np.log([0.9, 1.0, 1.25, 2.0, 3.0, 4.0, 4.1])
+    found = plots.frontier(runs, grid)
+    log2 = np.log([1.25, 3.0]) / np.log(4.0)
+    back = 0.4 + 0.1 * (np.log(4.0) - np.log(3.0)) / np.log(2.0)
+    expected = [np.nan, 0.25, max(0.25, 0.2 + 0.2 * log2[0]), 0.5, max(0.2 + 0.2 * log2[1], back),
+                0.4, np.nan]
+    assert np.allclose(found, expected, equal_nan=True)
+
+
+def test_matched_gap_by_hand(recorded):
+    """.1 at every KL; the interval is that of the noise: two checkpoints' errors, two sides."""
+    runs = [plots.read_run(r) for r in recorded]
+    online, offline = ([r for r in runs if r["source"] == s] for s in ("online", "offline"))
+    found = plots.matched_gap(online, offline, [1.0, 2.0, 8.0])
+    assert found.keys() == {1.0, 2.0, "mean"}  # nothing is claimed where no run has been
+    for first, second, gap, low, high in found.values():
+        assert gap == pytest.approx(0.1) and first - second == pytest.approx(gap)
+        assert low < 0.1 < high and 0.005 < high - low < 0.08
+    _, _, gap, low, high = found[1.0]  # sd of a draw: .01 sqrt(2) sqrt(1 / 2 + 1 / 4): a seed twice
+    assert high - low == pytest.approx(2 * 1.96 * 0.01 * (2 * 0.75) ** 0.5, rel=0.15)
+    assert plots.matched_gap(online, [], [1.0]) == {}
+
+
+def test_sources_of_runs(tmp_path):
+    rows = [judged(2, 1.0, 0.3)]
+    free = dict(order="shuffled", shuffle_window=0)
+    names = {"golden.jsonl": "offline", "data/sft-vs-early-s2.jsonl": "sft vs early",
+             "runs/a/stream.jsonl": "shuffled"}
+    for i, (data, source) in enumerate(names.items()):
+        run = plots.read_run(write_run(tmp_path / str(i), "dpo.py", rows, data=data, **free))
+        assert (run["source"], run["loss"]) == (source, "dpo")
+    assert plots.legend(("online", "ipo", "sft", "proxy16"), [
+        ("online", "ipo", "sft", "proxy16"), ("online", "ipo", "sft", "proxy")]) == "online (1/16)"
 
 
 def test_readme_commands_parse_and_paths_exist():
