@@ -56,8 +56,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--scale", choices=SCALES, default="demo", help="how large")
-    p.add_argument("--only", nargs="+", choices=FIGURES, metavar="FIGURE",
-                   help=f"some of: {', '.join(FIGURES)} (default: all; demo: main)")
+    p.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="FIGURE",
+                   help=f"some of: {', '.join(EXPERIMENTS)} (default: all; demo: main)")
     p.add_argument("--jobs", type=int, default=1, help="commands at once; they share the cores")
     p.add_argument("--list", type=int, nargs="?", const=0, metavar="WAVE",
                    help="print the commands, or those of one wave, and run nothing")
@@ -277,7 +277,7 @@ class Study:
         return runs + [self.online(seed, beta=beta) for seed in s["seeds"] for beta in s["betas"]]
 
 
-FIGURES = {  # name: the method that lists its runs
+EXPERIMENTS = {  # name: the method that lists its runs
     "main": Study.main, "fig1": Study.fig1, "fig4": Study.fig4, "fig6": Study.fig6,
     "fig7": Study.fig4, "fig8": Study.fig4, "self": Study.fig4, "gap": Study.fig4,
     "utility": Study.fig4, "fig13": Study.fig13, "tandem": Study.tandem, "fig9": Study.fig9,
@@ -290,11 +290,11 @@ def experiments(args):
     """({path: its command}, in dependency order; {(task, figure): what it draws})."""
     stages, drawn = {}, {}
     demo = args.scale == "demo"
-    figures = args.only or [name for name in FIGURES if (name == "main") == demo]
+    figures = args.only or [name for name in EXPERIMENTS if (name == "main") == demo]
     for task in SCALES[args.scale]["tasks"]:
         study = Study(args, task, stages)
         for figure in figures:
-            drawn[task, figure] = FIGURES[figure](study)
+            drawn[task, figure] = EXPERIMENTS[figure](study)
     return stages, drawn
 
 

@@ -174,7 +174,7 @@ def test_evaluation_never_shifts_training(toy, tmp_path):
         rows = run(*first, f"{tmp_path}/{script}-judged", **judged)
         assert same_weights(f"{tmp_path}/{script}-plain", f"{tmp_path}/{script}-judged")
         assert [row["step"] for row in rows if "gold/win_rate" in row] == [2, 4]
-        assert len(rows_of(f"{tmp_path}/{script}-judged/samples.jsonl")) == 8
+        assert len(rows_of(f"{tmp_path}/{script}-judged/samples.jsonl")) == 48
     assert rows[-1]["gold/kl"] > 0
 
 

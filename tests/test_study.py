@@ -18,9 +18,9 @@ def args_of(*words):
 
 @pytest.mark.parametrize("scale", study.SCALES)
 def test_every_figure_has_its_runs_and_every_command_its_inputs(scale):
-    stages, drawn = study.experiments(args_of("--scale", scale, "--only", *study.FIGURES))
+    stages, drawn = study.experiments(args_of("--scale", scale, "--only", *study.EXPERIMENTS))
     names, made = {"toy": ["toy"], "demo": ["toy"]}.get(scale, study.SCALES[scale]["tasks"]), set()
-    assert drawn.keys() == {(task, figure) for task in names for figure in study.FIGURES}
+    assert drawn.keys() == {(task, figure) for task in names for figure in study.EXPERIMENTS}
     for makes, words in stages.items():
         module = __import__(words[0].removesuffix(".py"))
         args = vars(module.parse_args(words[1:]))
