@@ -34,7 +34,7 @@ TOY = dict(
     gold=dict(kind="pointwise", steps=2000, batch_size=64, lr=1e-3, warmup=50),
     proxy=dict(kind="pointwise", steps=1200, batch_size=64, lr=1e-3, warmup=50),
     train=dict(batch_size=32, warmup=20, save_every=100), steps=400, long=1600,
-    lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40])
+    lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40], larger={})
 SCALES = {
     "demo": TOY | dict(seeds=[0], sizes=[""], steps=300, long=300, lrs=[3e-4], betas=[0.1]),
     "toy": TOY,
@@ -46,6 +46,8 @@ SCALES = {
         gold=dict(steps=20_000, batch_size=16, lr=1e-4, warmup=1000),
         proxy=dict(steps=20_000, batch_size=32, lr=1e-4, warmup=1000),
         train=dict(batch_size=32), steps=4000, long=20_000,
+        larger={"-2": dict(train=dict(batch_size=16), sft=dict(steps=8000, lr=1e-5)),
+                "-3": dict(train=dict(batch_size=8), sft=dict(steps=8000, lr=1e-5))},
         lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500]),
 }
 # IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
@@ -126,7 +128,8 @@ class Study:
             base = self.args.policy[s["sizes"].index(size)]
             data = [f"{folder}/{task}" for task in s["tasks"]]
         self.add("sft.py", f"{out}/final", model=base, data=[f"{d}/initial.jsonl" for d in data],
-                 out=out, resume=True, **s["sft"], **s["lengths"])
+                 out=out, resume=True, **s["sft"] | s["larger"].get(size, {}).get("sft", {}),
+                 **s["lengths"])
         return out
 
     def proxy(self, name, pairs):
@@ -151,7 +154,8 @@ class Study:
         self.add(script, f"{out}/final", model=self.sft(size), out=out, seed=seed, steps=steps,
                  **flags, **({"beta": beta} if beta else {}), eval_data=golden,
                  gold=f"{self.runs}/gold", baseline=f"{self.data}/golden-policy-baseline.jsonl",
-                 eval_every=every, resume=True, **s["train"], **s["lengths"])
+                 eval_every=every, resume=True, **s["lengths"],
+                 **s["train"] | s["larger"].get(size, {}).get("train", {}))
         return out
 
     def online(self, seed, loss="ipo", beta=None, size="", proxy="proxy", lr=None, steps=None):

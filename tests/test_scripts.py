@@ -200,6 +200,26 @@ def test_pairs_of_two_policies(toy, tmp_path):
     offline(toy, "ipo", f"{tmp_path}/i", data=f"{tmp_path}/two.jsonl")
 
 
+def test_classify_follows_a_stream(toy, tmp_path):
+    """Labelled by the golden model it agrees with itself; the reference has no opinion (h = 0)."""
+    import gold_eval
+
+    online(toy, f"{tmp_path}/o", labeller=f"{toy}/gold", steps=6)
+
+    def classify(model):
+        out = f"{tmp_path}/{os.path.basename(model)}.jsonl"
+        gold_eval.main(gold_eval.parse_args(["classify", *flags(
+            model=model, reference=f"{toy}/sft", gold=f"{toy}/gold", out=out,
+            data=f"{tmp_path}/o/stream.jsonl", max_prompt_tokens=32, max_response_tokens=40)]))
+        return rows_of(out)
+
+    rows = classify(f"{toy}/sft")
+    ties = sum(r["chosen_ids"] == r["rejected_ids"] for r in rows_of(f"{tmp_path}/o/stream.jsonl"))
+    assert len(rows) == 10 and sum(r["pairs"] for r in rows) == 48 - ties
+    assert all(r["gold/accuracy_labeller"] == 1 and r["gold/accuracy_policy"] == 0.5 for r in rows)
+    assert any(r["gold/accuracy_policy"] != 0.5 for r in classify(f"{tmp_path}/o"))
+
+
 def test_dpo_alone_in_an_empty_folder(toy, tmp_path):
     shutil.copy(ROOT / "dpo.py", tmp_path)
     done = subprocess.run([sys.executable, "dpo.py", *flags(
