@@ -6,9 +6,9 @@
 Reads args.json, metrics.jsonl and samples.jsonl. A group is what shares a source of responses, a
 loss, a model and a labeller; it pools hyper-parameters and seeds. In a figure over KL a point is a
 checkpoint of a run. A seed's frontier is, at each KL, the highest of its runs' win rates,
-interpolated between consecutive checkpoints; the line is the mean over seeds, where every seed has
-one, the band their lowest and highest. All groups choose the best of their runs in this way, which
-favours the group of more runs: offline has nine for each three of the others.
+interpolated between checkpoints; the line is the mean over seeds, where every seed has one, the
+band their lowest and highest. All groups choose the best of their runs in this way, which favours
+the group of more runs: offline has nine for each three of the others.
 
 MIT licence.
 """
@@ -135,21 +135,30 @@ def legend(group, groups):
 
 
 def frontier(runs, grid, values="gold/win_rate", noise=None):
-    """Highest value at each log KL of `grid` (G,) over runs; NaN where no run passes.
+    """Highest value at each log KL of `grid` (G,) over runs; NaN outside the KL they reach.
 
-    Between two consecutive checkpoints of a run its value is linear in log KL. `noise` replaces
-    the values' own: a list of arrays, one a run.
+    Between two consecutive checkpoints of a run its value is linear in log KL; so it is between the
+    nearest checkpoints on both sides where no run passes (a beta between two of the sweep would).
+    `noise` replaces the values' own: a list of arrays, one a run.
     """
-    best = np.full(len(grid), np.nan)
+    curves = []
     for i, run in enumerate(runs):
-        rows = run["rows"]
-        x = np.log([max(row["gold/kl"], 1e-6) for row in rows])
-        y = noise[i] if noise else np.array([row[values] for row in rows])
-        for j in range(len(x) - 1):
-            low, high = min(x[j], x[j + 1]), max(x[j], x[j + 1])
-            inside = (grid >= low) & (grid <= high)
-            share = (grid[inside] - x[j]) / (x[j + 1] - x[j] or 1)
-            best[inside] = np.fmax(best[inside], y[j] + share * (y[j + 1] - y[j]))
+        x = np.log([max(row["gold/kl"], 1e-6) for row in run["rows"]])
+        y = noise[i] if noise else np.array([row[values] for row in run["rows"]])
+        curves.append((x, y) if len(x) > 1 else (x.repeat(2), y.repeat(2)))
+
+    def highest(at):
+        best = np.full(len(at), np.nan)
+        for x, y in curves:
+            for j in range(len(x) - 1):
+                inside = (at >= min(x[j], x[j + 1])) & (at <= max(x[j], x[j + 1]))
+                share = (at[inside] - x[j]) / (x[j + 1] - x[j] or 1)
+                best[inside] = np.fmax(best[inside], y[j] + share * (y[j + 1] - y[j]))
+        return best
+
+    best = highest(grid)
+    gaps, knots = np.isnan(best), np.unique(np.concatenate([x for x, _ in curves]))
+    best[gaps] = np.interp(grid[gaps], knots, highest(knots), left=np.nan, right=np.nan)
     return best
 
 

@@ -161,6 +161,8 @@ def test_frontier_by_hand():
     expected = [np.nan, 0.25, max(0.25, 0.2 + 0.2 * log2[0]), 0.5, max(0.2 + 0.2 * log2[1], back),
                 0.4, np.nan]
     assert np.allclose(found, expected, equal_nan=True)
+    apart = [{"rows": [judged(1, 1.0, 0.1), judged(2, 2.0, 0.2)]}, {"rows": [judged(1, 8.0, 0.6)]}]
+    assert np.allclose(plots.frontier(apart, np.log([2.0, 4.0, 8.0])), [0.2, 0.4, 0.6])
 
 
 def test_matched_gap_by_hand(recorded):
