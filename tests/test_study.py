@@ -151,18 +151,18 @@ def test_figure_6_draws_the_classifiers(tmp_path):
 
 
 def test_frontier_by_hand():
-    """Linear in log KL between a run's checkpoints; the higher run counts; none beyond the last."""
-    runs = [{"rows": [judged(1, 1.0, 0.2), judged(2, 4.0, 0.4), judged(3, 2.0, 0.5)]},
-            {"rows": [judged(1, 1.0, 0.25), judged(2, 1.5, 0.25)]}]
-    grid = np.log([0.9, 1.0, 1.25, 2.0, 3.0, 4.0, 4.1])
-    found = plots.frontier(runs, grid)
-    log2 = np.log([1.25, 3.0]) / np.log(4.0)
-    back = 0.4 + 0.1 * (np.log(4.0) - np.log(3.0)) / np.log(2.0)
-    expected = [np.nan, 0.25, max(0.25, 0.2 + 0.2 * log2[0]), 0.5, max(0.2 + 0.2 * log2[1], back),
-                0.4, np.nan]
-    assert np.allclose(found, expected, equal_nan=True)
-    apart = [{"rows": [judged(1, 1.0, 0.1), judged(2, 2.0, 0.2)]}, {"rows": [judged(1, 8.0, 0.6)]}]
-    assert np.allclose(plots.frontier(apart, np.log([2.0, 4.0, 8.0])), [0.2, 0.4, 0.6])
+    """The upper concave hull over KL of all runs' checkpoints; none beyond the last."""
+    runs = [{"rows": [judged(1, 1.0, 0.2), judged(2, 4.0, 0.5), judged(3, 2.0, 0.3)]},
+            {"rows": [judged(1, 1.0, 0.1), judged(2, 8.0, 0.1), judged(3, 5.0, 0.1)]}]
+    found = plots.frontier(runs, np.log([0.9, 1.0, 2.0, 4.0, 6.0, 8.0, 8.1]))
+    assert np.allclose(found, [np.nan, 0.2, 0.3, 0.5, 0.3, 0.1, np.nan], equal_nan=True)
+    g = np.random.default_rng(0)
+    rows = [judged(i, *g.uniform(0.1, 1, 2)) for i in range(40)]
+    points = np.array([(r["gold/kl"], r["gold/win_rate"]) for r in rows])
+    grid = np.log(np.sort(points[:, 0])[1:-1])
+    brute = [max(a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0]) for a in points for b in points
+                 if a[0] <= x <= b[0] and a[0] < b[0]) for x in np.exp(grid)]
+    assert np.allclose(plots.frontier([{"rows": rows[:9]}, {"rows": rows[9:]}], grid), brute)
 
 
 def test_matched_gap_by_hand(recorded):
