@@ -157,7 +157,7 @@ def test_frontier_by_hand():
     found = plots.frontier(runs, np.log([0.9, 1.0, 2.0, 4.0, 6.0, 8.0, 8.1]))
     assert np.allclose(found, [np.nan, 0.2, 0.3, 0.5, 0.3, 0.1, np.nan], equal_nan=True)
     g = np.random.default_rng(0)
-    rows = [judged(i, *g.uniform(0.1, 1, 2)) for i in range(40)]
+    rows = [judged(i, *g.uniform(0.1, 1, 2)) for i in range(1, 41)]
     points = np.array([(r["gold/kl"], r["gold/win_rate"]) for r in rows])
     grid = np.log(np.sort(points[:, 0])[1:-1])
     brute = [max(a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0]) for a in points for b in points
