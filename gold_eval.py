@@ -21,11 +21,12 @@ MIT licence. Shared: `load_judge` and `evaluate` are what the training scripts c
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,13 @@ class SlotLayer(DynamicLayer):
         return (self.slots[0].shape[2] if self.static else int(self.used) + query_length), 0
 
 
+@lru_cache
+def cache_argument(kind):
+    """What a model class calls its KV cache: "cache" from transformers 5.24 on."""
+    known = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def next_logits(model, ids, real, places, cache):
     """Next-token logits (B, V) after ids (B, T) at `places`; real (B, slots) hides padding."""
     real = real[:, :cache.get_mask_sizes(ids.shape[1], 0)[0]]
@@ -138,7 +146,7 @@ def next_logits(model, ids, real, places, cache):
         model.config._attn_implementation = "skip_padding"
     try:
         return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
-                     past_key_values=cache, logits_to_keep=1).logits[:, -1]
+                     logits_to_keep=1, **{cache_argument(type(model)): cache}).logits[:, -1]
     finally:
         model.config._attn_implementation = attention
 
