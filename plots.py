@@ -127,8 +127,9 @@ def legend(group, groups):
     if len({g[1] for g in groups}) > 1:
         words.append(NAMES.get(loss, loss))
     if source == "online" and len({g[3] for g in groups if g[0] == "online"}) > 1:
-        words.append({"proxy": "(all of D_golden)", "proxy4": "(1/4)", "proxy16": "(1/16)"}.get(
-            proxy, proxy))
+        share = proxy.removeprefix("proxy")
+        words.append(f"(1/{share})" if share.isdigit() else f"({proxy})" if share else
+                     "(all of D_golden)")
     return " ".join(words)
 
 
@@ -232,7 +233,7 @@ def draw_frontiers(axes, runs, values="gold/win_rate", ylabel="win rate, golden 
         source, loss, _, proxy = group
         marker, line = STYLES.get(loss, ("o", "-"))
         if source == "online":  # of several proxies each has a line of its own
-            line = ["-", "--", ":"][proxies.setdefault(proxy, len(proxies)) % 3] \
+            line = ["-", "--", ":", "-."][proxies.setdefault(proxy, len(proxies)) % 4] \
                 if len({g[1] for g in groups}) == 1 else line
         colour = COLOURS.get(source, "0.5")
         rows = [row for run in some for row in run["rows"] if row["gold/kl"] > 0 and values in row]
@@ -265,7 +266,7 @@ def figure_of(panels, width=5.2, height=3.9):
 
 
 def over_kl(runs):
-    """Figures 1, 4, 5, 12, 13, losses, proxies: win rate over KL."""
+    """Figures 1, 4, 5, 9, 12, 13, losses: win rate over KL."""
     sources = {}
     for run in runs:
         sources.setdefault(run["loss"], set()).add(run["source"])
@@ -423,41 +424,62 @@ def classifiers(files):
     return figure, lines
 
 
-def gap(runs):
-    """The main claim: online minus the others at matched KL, with 95% intervals."""
-    groups = grouped(runs)
-    online = [r for r in runs if r["source"] == "online"]
-    figure, axes = figure_of(1)
+def draw_gaps(axes, groups, pairs):
+    """Win rate of one group minus another's at matched KL with 95% intervals, for (first, second).
+
+    Returns what it draws as rows for a CSV.
+    """
     lines, kls = [], [0.5, 1, 2, 3, 5, 8, 13, 20, 30]
-    others = [g for g in groups if g[0] != "online"]
-    for i, group in enumerate(others):
-        found = matched_gap(online, groups[group], kls)
-        lines += [{"comparison": f"online - {group[0]}", "kl": kl, **dict(zip(
+    proxies = list(dict.fromkeys(first[3] for first, _ in pairs))
+    for i, (first, second) in enumerate(pairs):
+        found = matched_gap(groups[first], groups[second], kls)
+        title = f"{legend(first, groups)} - {legend(second, groups)}"
+        lines += [{"comparison": title, "kl": kl, **dict(zip(
             ("online", "other", "gap", "low", "high"), values, strict=True))}
             for kl, values in found.items()]
         at = [kl for kl in found if kl != "mean"]
         y = np.array([found[kl][2:] for kl in at]).reshape(-1, 3)
-        title = f"online - {group[0]}"
         if "mean" in found:
             title += ": mean {2:+.3f} [{3:+.3f}, {4:+.3f}]".format(*found["mean"])
-        axes[0, 0].errorbar(np.array(at, float) * 1.03 ** i, y[:, 0],
-                            np.maximum([y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]], 0),
-                            color=COLOURS.get(group[0]), marker="o", capsize=2, label=title)
-    axes[0, 0].axhline(0, color="0.5", linewidth=0.8, zorder=0)
-    log_kl(axes[0, 0])
-    finish(axes[0, 0], xlabel=KL + ", log scale", ylabel="win rate, online minus the other")
-    return figure, lines
+        colour = COLOURS.get(first[0] if len(proxies) > 1 else second[0])
+        axes.errorbar(np.array(at, float) * 1.03 ** i, y[:, 0],
+                      np.maximum([y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]], 0), color=colour,
+                      linestyle=["-", "--", ":", "-."][proxies.index(first[3]) % 4], marker="o",
+                      markersize=4, capsize=2, label=title)
+    axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
+    log_kl(axes)
+    finish(axes, xlabel=KL + ", log scale", ylabel="win rate, online minus the other")
+    return lines
+
+
+def gap(runs):
+    """The main claim: online minus the others at matched KL."""
+    groups = grouped(runs)
+    figure, axes = figure_of(1)
+    online = next((group for group in groups if group[0] == "online"), None)
+    return figure, draw_gaps(axes[0, 0], groups, [
+        (online, group) for group in groups if online and group[0] != "online"])
+
+
+def by_proxy(runs):
+    """Beyond the paper: online with proxies of several qualities, and each one's gap to offline."""
+    groups = grouped(runs)
+    figure, axes = figure_of(2, 5.6)
+    lines = draw_frontiers(axes[0, 0], runs)
+    offline = next((group for group in groups if group[0] == "offline"), None)
+    return figure, lines + draw_gaps(axes[0, 1], groups, [
+        (group, offline) for group in groups if offline and group[0] == "online"])
 
 
 ACCURACY = ("gold/accuracy_golden", "accuracy on D_golden")
 FIGURES = {
-    **dict.fromkeys(["main", "fig1", "fig4", "fig5", "fig9", "fig12", "fig13", "losses", "proxies"],
-                    over_kl),
+    **dict.fromkeys(["main", "fig1", "fig4", "fig5", "fig9", "fig12", "fig13", "losses"], over_kl),
     "fig6": classifiers, "fig7": scatter, "fig10": over_kl_by_size,
     "fig8": lambda runs: over_steps(runs, ACCURACY, (
         "gold/chosen_logratio", "mean log-ratio of chosen, D_golden")),
     "fig11": lambda runs: peaks(runs, relative=True), "tandem": training_loss,
     "fig14": lambda runs: peaks(runs, relative=False), "utility": hidden_utility, "gap": gap,
+    "proxies": by_proxy,
     "self": lambda runs: over_steps(runs, ("gold/accuracy_self", "accuracy on own samples")),
 }
 

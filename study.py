@@ -267,18 +267,17 @@ class Study:
                                               self.offline(seed, loss, beta))]
 
     def proxies(self):
-        """Proxies trained on 1/16, 1/4 and all of D_golden; offline always has all of it."""
-        s, golden = self.scale, f"{self.data}/golden.jsonl"
-        runs = [self.offline(seed, beta=beta, steps=s["long"]) for seed in s["seeds"]
-                for beta in s["betas"]]
-        for name, share in (("proxy16", 16), ("proxy4", 4)):
+        """Proxies trained on 1/256, 1/16, 1/4, all of D_golden; offline always has all of it."""
+        s, golden, runs = self.scale, f"{self.data}/golden.jsonl", self.fig1()
+        for share in (4, 16, 256):
+            name = f"proxy{share}"
             folder = f"{self.data}/{name}"
             self.add("tasks.py", f"{folder}/initial.jsonl", "file", file=golden, out=folder,
                      pairs=s["pairs"] // share)
             self.proxy(name, f"{folder}/initial.jsonl")
             runs += [self.online(seed, beta=beta, proxy=name) for seed in s["seeds"]
                      for beta in s["betas"]]
-        return runs + [self.online(seed, beta=beta) for seed in s["seeds"] for beta in s["betas"]]
+        return runs
 
 
 EXPERIMENTS = {  # name: the method that lists its runs

@@ -139,6 +139,24 @@ def test_every_figure_draws(recorded, tmp_path, figure):
     assert float(table[0]["toy/utility"]) == pytest.approx((5 + 4) / 2)
 
 
+def test_gaps_are_those_of_the_runs(recorded, tmp_path):
+    """.1 at both KLs and on average, by the recorded runs; no gap to the stream in order."""
+    out = f"{tmp_path}/f.png"
+    plots.main(plots.parse_args([*recorded, "--figure", "gap", "--out", out]))
+    found = {(r["comparison"], r["kl"]): float(r["gap"]) for r in table_of(tmp_path / "f.csv")}
+    kls = ["1", "2", "3", "mean"]
+    assert {k for c, k in found if c == "online - offline"} == set(kls)
+    assert [found["online - offline", kl] for kl in kls] == pytest.approx([0.1] * 4)
+    assert [found["online - in order", kl] for kl in kls] == pytest.approx([0.0] * 4)
+    rows = [judged(2, 1.0, 0.15), judged(4, 4.0, 0.35)]
+    weak = [write_run(tmp_path / f"w{seed}", "online_rlhf.py", rows, loss="ipo", seed=seed,
+                      labeller="runs/toy/proxy16") for seed in (0, 1)]
+    plots.main(plots.parse_args([*recorded, *weak, "--figure", "proxies", "--out", out]))
+    found = {(r["comparison"], r["kl"]): r["gap"] for r in table_of(tmp_path / "f.csv")}
+    assert float(found["online (1/16) - offline", "mean"]) == pytest.approx(-0.05)
+    assert float(found["online (all of D_golden) - offline", "mean"]) == pytest.approx(0.1)
+
+
 def test_figure_6_draws_the_classifiers(tmp_path):
     for name, policy in (("classify-online-s0.jsonl", 0.6), ("classify-offline-s0.jsonl", 0.7)):
         (tmp_path / name).write_text("".join(json.dumps({
