@@ -252,9 +252,10 @@ def draw_frontiers(axes, runs, values="gold/win_rate", ylabel="win rate, golden 
             axes.fill_between(np.exp(grid), np.where(covered, fronts.min(0), np.nan),
                               np.where(covered, fronts.max(0), np.nan), color=colour, alpha=0.15,
                               linewidth=0)
-        lines += [{"group": legend(group, groups), "model": group[2], "measure": values,
-                   "kl": np.exp(grid[i]), "mean": mean[i], "low": fronts[:, i].min(),
-                   "high": fronts[:, i].max()} for i in np.flatnonzero(covered)[::4]]
+        lines += [{"group": legend(group, groups), "loss": loss, "model": group[2],
+                   "measure": values, "kl": np.exp(grid[i]), "mean": mean[i],
+                   "low": fronts[:, i].min(), "high": fronts[:, i].max()}
+                  for i in np.flatnonzero(covered)[::4]]
     log_kl(axes)
     finish(axes, xlabel=KL + ", log scale", ylabel=ylabel)
     return lines
