@@ -28,7 +28,7 @@ import plots
 
 TOY_SIZES = {"-w32": (32, 1), "-w96": (96, 3)}  # width, layers; tasks.py's own are 64 and 2
 TOY = dict(
-    tasks=["toy"], pairs=64_000, prompts=1024, seeds=[0, 1, 2], sizes=["", "-w32", "-w96"],
+    tasks=["toy"], pairs=64_000, prompts=1024, seeds=[0, 1, 2], sizes=["-w32", "", "-w96"],
     lengths=dict(max_prompt_tokens=32, max_response_tokens=64, tokens_per_microbatch=8192),
     sft=dict(steps=800, batch_size=64, lr=2e-3, warmup=20),
     gold=dict(kind="pointwise", steps=2000, batch_size=64, lr=1e-3, warmup=50),
