@@ -347,8 +347,9 @@ def make_base(texts, out, width, layers, vocab, seed, words):
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
+    logging.disable_progress_bar()
     specials = ["<pad>", "<eos>"]
     if words:
         known = sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]", t)})
