@@ -4,11 +4,12 @@ import gzip
 import json
 import math
 import random
+import subprocess
 import sys
 from collections import Counter
 
 import pytest
-from conftest import SHARED, rows_of
+from conftest import ROOT, SHARED, rows_of
 
 import tasks
 
@@ -195,6 +196,12 @@ def test_real_anthropic_pairs(name):
     assert dropped == Counter({"sides part before the last turn": parted, "empty answer": empty,
                                "equal sides": equal})
     assert all(p["prompt"].endswith("\n\nAssistant:") for p in pairs)
+
+
+def test_quiet_where_stderr_is_no_terminal(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tasks.py", "toy", "--pairs", "20", "--width",
+                           "8", "--out", tmp_path / "toy"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
 def test_scratch_base_and_text(tmp_path):
