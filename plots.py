@@ -453,13 +453,17 @@ def draw_gaps(axes, groups, pairs):
     return lines
 
 
+def against_online(groups):
+    """(online group, other group) for all of one loss and model."""
+    return [(first, second) for second in groups for first in groups if first[0] == "online"
+            and second[0] != "online" and first[1:3] == second[1:3]]
+
+
 def gap(runs):
     """The main claim: online minus the others at matched KL."""
     groups = grouped(runs)
     figure, axes = figure_of(1)
-    online = next((group for group in groups if group[0] == "online"), None)
-    return figure, draw_gaps(axes[0, 0], groups, [
-        (online, group) for group in groups if online and group[0] != "online"])
+    return figure, draw_gaps(axes[0, 0], groups, against_online(groups))
 
 
 def by_proxy(runs):
@@ -467,9 +471,7 @@ def by_proxy(runs):
     groups = grouped(runs)
     figure, axes = figure_of(2, 5.6)
     lines = draw_frontiers(axes[0, 0], runs)
-    offline = next((group for group in groups if group[0] == "offline"), None)
-    return figure, lines + draw_gaps(axes[0, 1], groups, [
-        (group, offline) for group in groups if offline and group[0] == "online"])
+    return figure, lines + draw_gaps(axes[0, 1], groups, against_online(groups))
 
 
 ACCURACY = ("gold/accuracy_golden", "accuracy on D_golden")
