@@ -25,7 +25,8 @@ import inspect
 import json
 import math
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -47,6 +48,7 @@ from reward import (
     pack_pairs,
     prefer,
     read_jsonl,
+    turn_end,
 )
 
 KL_PROMPTS = 256  # prompts for the KL, pairs for each accuracy (appendices D and E)
@@ -120,7 +122,7 @@ class SlotLayer(DynamicLayer):
         """Write the new (B, heads, 1, width) keys and values; return all so far, as views."""
         end = self.get_mask_sizes(1)[0]
         for slots, new in zip(self.slots, (keys, values), strict=True):
-            slots.index_copy_(2, self.used, new)
+            slots.index_copy_(2, self.used, new.to(slots.dtype))
         self.keys, self.values = (slots[:, :, :end] for slots in self.slots)
         return self.keys, self.values
 
@@ -151,17 +153,20 @@ def next_logits(model, ids, real, places, cache):
         model.config._attn_implementation = attention
 
 
-def prefill(model, prompts, per_prompt, room, static):
+def prefill(model, prompts, per_prompt, room, tokens, static):
     """Compute each prompt once and repeat it for its samples, B = len(prompts) * per_prompt rows.
 
-    Prompts, given in order of length, are computed in groups of little padding and written,
-    left-padded to one width W, into a cache with `room` free slots behind.
+    Prompts, given in order of length, are computed in groups of little padding, at most `tokens` at
+    once, and written, left-padded to one width W, into a cache with `room` free slots behind. Under
+    autocast slots are of its dtype, to which attention casts keys and values anyway.
     Returns (cache, used: W as a tensor, logits (B, V), real (B, W + room)).
     """
     device, width, layers, logits = model.device, len(prompts[-1]), [], []
+    dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
+             else model.dtype)
     used = torch.tensor(width, device=device)
     real = torch.zeros(len(prompts) * per_prompt, width + room, dtype=torch.long, device=device)
-    for group in micro_batches([[x] for x in prompts], 1 << 14):
+    for group in micro_batches([[x] for x in prompts], tokens):
         pad = [len(prompts[group[-1]]) - len(prompts[i]) for i in group]
         ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
         mask = torch.tensor([[0] * n + [1] * len(prompts[i])
@@ -171,9 +176,9 @@ def prefill(model, prompts, per_prompt, room, static):
         rows = slice(group[0] * per_prompt, (group[-1] + 1) * per_prompt)
         start = width - ids.shape[1]
         real[rows, start:width] = mask.repeat_interleave(per_prompt, 0)
-        layers = layers or [SlotLayer([x.new_zeros(len(real), x.shape[1], width + room, x.shape[3])
-                                       for x in (part.keys, part.values)], used, static)
-                            for part in cache.layers]
+        layers = layers or [SlotLayer([
+            x.new_zeros(len(real), x.shape[1], width + room, x.shape[3], dtype=dtype)
+            for x in (part.keys, part.values)], used, static) for part in cache.layers]
         for layer, part in zip(layers, cache.layers, strict=True):
             for slots, new in zip(layer.slots, (part.keys, part.values), strict=True):
                 slots[rows, :, start:width] = new.repeat_interleave(per_prompt, 0)
@@ -191,9 +196,14 @@ def decoder(model, ids, real, places, cache):
         return step
     step()  # warms up; autocast keeps its bf16 copies of the weights, which the graph then reads
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            logits = step()
+    torch.cuda.synchronize()
+    try:  # torch.cuda.graph empties the allocator's cache, and where it fails keeps its stream
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin()
+            try:
+                logits = step()
+            finally:
+                graph.capture_end()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:  # the model waits for the GPU in the middle of a step, say
@@ -214,34 +224,46 @@ def pick_tokens(logits, noise):
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
+def end_ids(model, tokenizer):
+    """Ids that end a response: EOS, the end of a turn, and those of model.generation_config."""
+    said = model.generation_config.eos_token_id if model.generation_config else None
+    said = said if isinstance(said, list) else [said]
+    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *said} - {None})
+
+
 @torch.no_grad()
-def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False, slots=None,
-           static=None):
+def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, tokens=1024,
+           greedy=False, static=None):
     """Sample `per_prompt` responses to each prompt at temperature 1, as lists of token ids.
 
-    Returns len(prompts) * per_prompt lists, those of one prompt side by side; each ends with `eos`
-    unless it reached `max_tokens`. A prompt is prefilled once for all its samples. Left-padded
-    prompts of not too unequal lengths go together, in at most `slots` slots of KV cache. Rows
-    that have ended leave the batch: at once, or, with `static` shapes (on CUDA), when they are half
-    of it. The noise of every (row, position) is drawn beforehand, so that neither the grouping nor
-    the leaving changes what a row draws.
+    Returns len(prompts) * per_prompt lists, those of one prompt side by side; each ends with one of
+    the ids `ends` unless it reached `max_tokens`. Ids from `known` on, which pad the head and which
+    no tokenizer has, are never drawn. A prompt is prefilled once for all its samples. Left-padded
+    prompts of not too unequal lengths go together: at most `tokens` are computed at once, and their
+    KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an eighth of what
+    training keeps of it), 32 times elsewhere. Rows that have ended leave the batch: at once, or,
+    with `static` shapes (on CUDA), when they are half of it. The noise of every (row, position) is
+    drawn beforehand, so that neither the grouping nor the leaving changes what a row draws.
     """
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
-    slots = slots or 1 << (17 if static else 15)
+    slots = tokens * (8 if static else 32)
     noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
-    drawn = torch.full((count, max_tokens), eos, device=device)
+    drawn = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
+    lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
     for group in micro_batches([[x] for x in prompts], slots // per_prompt, max_tokens, 0.7):
         cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
-                                            max_tokens, static)
+                                            max_tokens, tokens, static)
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)])
         rows, alive = rows.to(device), torch.ones(len(rows), dtype=torch.bool, device=device)
         places = real[:, :used].sum(1, keepdim=True)  # of the first new token
         ids, step = torch.empty_like(places), None
         for t in range(max_tokens):
-            tokens = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
-            ids[:, 0] = drawn[rows, t] = torch.where(alive, tokens, eos)
-            alive &= tokens != eos
+            logits = logits[:, :known]
+            new = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
+            ids[:, 0] = drawn[rows, t] = new
+            lengths[rows] += alive
+            alive &= (new[:, None] != ends).all(1)
             left = int(alive.sum())
             if left == 0 or t + 1 == max_tokens:
                 break
@@ -262,8 +284,7 @@ def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False,
             logits = step()
             places += 1
             used += 1
-    responses = drawn.tolist()
-    return [r[:r.index(eos) + 1] if eos in r else r for r in responses]
+    return [x[:n] for x, n in zip(drawn.tolist(), lengths.tolist(), strict=True)]
 
 
 # ---- log-probs and KL ----------------------------------------------------------------------------
@@ -331,35 +352,49 @@ def pair_logps(model, pairs):
     return logps.new_zeros(2 * len(pairs)).index_add(0, owners, logps).view(2, -1)
 
 
+def plain_logits(model, rows):
+    """Logits of R (prompt, response) rows the plain way: one row each, no mask tricks, no chunks.
+
+    Prompts are padded on the left, responses on the right, to K tokens. Returns (logits (R, K, V)
+    in fp32, as the model gives them; targets (R, K); real (R, K), 0 where a target is padding).
+    """
+    start, width = (max(len(row[side]) for row in rows) for side in (0, 1))
+    ids = torch.tensor([[0] * (start - len(x)) + x + y + [0] * (width - len(y)) for x, y in rows])
+    real = torch.tensor([[0] * (start - len(x)) + [1] * (len(x) + len(y)) + [0] * (width - len(y))
+                         for x, y in rows])
+    ids, real = ids.to(model.device), real.to(model.device)
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=width + 1,
+                   position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits
+    return logits[:, :-1].float(), ids[:, start:], real[:, start:]
+
+
 def plain_logps(model, pairs):
-    """The same as `pair_logps` the plain way: one row a response, no mask tricks, no chunks."""
-    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    pad = [width - len(prompt) - len(response) for prompt, response in rows]
-    ids = torch.tensor([p + r + [0] * n for (p, r), n in zip(rows, pad, strict=True)])
-    real = torch.tensor([[1] * (width - n) + [0] * n for n in pad])
-    asked = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * n
-                          for (p, r), n in zip(rows, pad, strict=True)])
-    ids, real, asked = (x.to(model.device) for x in (ids, real, asked))
-    first = min(len(prompt) for prompt, _ in rows) - 1  # no logits where all rows are prompt
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=torch.arange(
-        first, width - 1, device=model.device)).logits.float()
-    logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, first + 1:], reduction="none")
-    return (logps * asked[:, first + 1:]).sum(1).view(2, -1)
+    """The same as `pair_logps` from `plain_logits`: two rows a pair."""
+    logits, targets, real = plain_logits(
+        model, [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs])
+    logps = logits.log_softmax(-1).gather(2, targets[:, :, None]).squeeze(2)
+    return (logps * real).sum(1).view(2, -1)
 
 
 @torch.no_grad()
 def choose_logps(model, pairs):
-    """`pair_logps` where it agrees with `plain_logps` in fp32 on a few pairs, else the latter."""
+    """`pair_logps` where it equals `plain_logps` but for rounding on a few pairs, else the latter.
+
+    fp32 rounds the log-prob of a token, at 50,000 tokens of vocabulary, by up to 1e-5 nats and 1e-5
+    of itself: ten times that is let pass. A mask that is not taken shows in whole nats.
+    """
     pairs = [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]  # a window would show
+    gap = 0.0
     try:
-        gap = max((pair_logps(model, [pair]) - plain_logps(model, [pair])).abs().max().item()
-                  for pair in pairs)
+        for pair in pairs:
+            plain, lengths = plain_logps(model, [pair]), torch.tensor([[len(y)] for y in pair[1:]])
+            off = (pair_logps(model, [pair]) - plain).abs() / (plain.abs() + lengths.to(plain))
+            gap = max(gap, off.max().item())
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # the model takes no such mask
         gap = type(e).__name__
-    if isinstance(gap, float) and gap < 1e-2:
+    if isinstance(gap, float) and gap < 1e-4:
         return pair_logps
     print(f"this model does not take one row a pair (gap {gap}): using plain rows")
     return plain_logps
@@ -388,35 +423,22 @@ def load_policy(name, trust_remote_code, device):
     return model.to(device).eval(), tokenizer
 
 
-def token_kl(head, ref_head, hidden, ref_hidden):
-    """Exact KL (n,) between the next-token distributions at n positions, over the vocabulary."""
-    logp = head(hidden).float().log_softmax(-1)
-    ref_logp = ref_head(ref_hidden).float().log_softmax(-1)
-    return (logp.exp() * (logp - ref_logp)).sum(-1)
-
-
 @torch.no_grad()
 def response_kl(policy, reference, rows, tokens):
     """KL in nats (R,) of each (prompt, response): exact a position, summed over its positions.
 
     Averaged over responses sampled from the policy this is an unbiased estimate of the KL between
-    the two policies' distributions of whole responses (paper, appendix D).
+    the two policies' distributions of whole responses (paper, appendix D). The logits are those of
+    the models themselves, in fp32: in bf16 two equal policies part by .07 nats at 39 tokens.
     """
-    kls, pairs = torch.zeros(len(rows)), [(prompt, response, []) for prompt, response in rows]
-    for group in micro_batches(pairs, tokens):
-        batch = [pairs[i] for i in group]
-        with autocast(policy.device):
-            ids, positions, segments, _, *rest = pack_pairs(batch, policy.device)
-            real = (segments < 3).long()  # one response a row needs no more of a mask
-            packed = ids, positions, segments, real, *rest
-            hidden, ref_hidden = (response_hidden(model, packed) for model in (policy, reference))
-            head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
-            kl = torch.empty(len(hidden), device=policy.device)
-            size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-            for start in range(0, len(kl), size):
-                at = slice(start, start + size)
-                kl[at] = token_kl(head, ref_head, hidden[at], ref_hidden[at])
-        kls[group] = torch.zeros(len(batch), device=kl.device).index_add(0, packed[-1], kl).cpu()
+    kls, vocabulary = torch.zeros(len(rows)), policy.get_output_embeddings().weight.shape[0]
+    at_once = max(1, min(tokens, LOGITS_AT_ONCE // vocabulary))
+    for group in micro_batches([[response] for _, response in rows], at_once):
+        with torch.autocast(policy.device.type, enabled=False):
+            (logits, _, real), (ref_logits, _, _) = (
+                plain_logits(model, [rows[i] for i in group]) for model in (policy, reference))
+        logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+        kls[group] = ((logp.exp() * (logp - ref_logp)).sum(-1) * real).sum(1).cpu()
     return kls
 
 
@@ -431,6 +453,7 @@ class Judge:
     reference: torch.nn.Module
     logps_of: object  # pair_logps or plain_logps
     tokenizer: object
+    ends: list  # ids that end a response
     prompts: list  # token ids, those of the baseline file
     baseline: list  # its response to each
     pairs: list  # of D_golden, sub-sampled
@@ -442,10 +465,10 @@ class Judge:
 
 @torch.no_grad()
 def batch_logps(model, logps_of, pairs, tokens):
-    """(2, B) summed log-probs of any number of pairs, chosen first."""
+    """(2, B) summed log-probs of any number of pairs, chosen first; in fp32, as the KL."""
     logps = torch.zeros(2, len(pairs))
     for rows in micro_batches(pairs, tokens):
-        with autocast(model.device):
+        with torch.autocast(model.device.type, enabled=False):
             logps[:, rows] = logps_of(model, [pairs[i] for i in rows]).cpu()
     return logps
 
@@ -453,7 +476,8 @@ def batch_logps(model, logps_of, pairs, tokens):
 def load_judge(args, data, reference, tokenizer, logps_of=None):
     """Read --gold, --baseline and the pairs of `data`; `reference` must not change from here on.
 
-    `args` also gives max_prompt_tokens, max_response_tokens, tokens_per_microbatch and seed.
+    `args` also gives max_prompt_tokens, max_response_tokens, tokens_per_microbatch and seed. Says
+    what an evaluation will take, by one of the reference on 8 prompts.
     """
     if not args.baseline:
         fail("--gold needs --baseline, a file of responses (gold_eval.py sample)")
@@ -474,9 +498,15 @@ def load_judge(args, data, reference, tokenizer, logps_of=None):
     pairs = [pairs[i] for i in pick.tolist()]
     logps_of = logps_of or choose_logps(reference, pairs)
     ref_logps = batch_logps(reference, logps_of, pairs, args.tokens_per_microbatch)
-    return Judge(gold, reference, logps_of, tokenizer, [row["prompt_ids"] for _, row in rows],
-                 [row["response_ids"] for _, row in rows], pairs, ref_logps,
-                 args.max_response_tokens, args.tokens_per_microbatch, args.seed)
+    judge = Judge(gold, reference, logps_of, tokenizer, end_ids(reference, tokenizer),
+                  [row["prompt_ids"] for _, row in rows], [row["response_ids"] for _, row in rows],
+                  pairs, ref_logps, args.max_response_tokens, args.tokens_per_microbatch, args.seed)
+    few, began = min(8, len(rows)), time.perf_counter()
+    evaluate(reference, replace(judge, prompts=judge.prompts[:few], baseline=judge.baseline[:few],
+                                pairs=pairs[:few], ref_logps=ref_logps[:, :few]))
+    minutes = (time.perf_counter() - began) / 60 * len(rows) / few
+    print(f"an evaluation is of {len(rows):,} prompts: up to {minutes:.1f} minutes here")
+    return judge
 
 
 def mean_se(name, values):
@@ -489,8 +519,8 @@ def mean_se(name, values):
 def evaluate(policy, judge):
     """Judge a policy: ({"gold/...": number}, 256 samples). The same noise at every call."""
     generator = torch.Generator().manual_seed(judge.seed)
-    draw = partial(sample, policy, max_tokens=judge.max_tokens, eos=judge.tokenizer.eos_token_id,
-                   generator=generator)
+    draw = partial(sample, policy, max_tokens=judge.max_tokens, ends=judge.ends,
+                   generator=generator, known=len(judge.tokenizer), tokens=judge.tokens)
     twice = judge.prompts[:KL_PROMPTS]
     with autocast(policy.device):  # around all steps, so that the weights are cast once
         two = draw(twice, 2)  # two responses each, for the self-classification
@@ -535,8 +565,8 @@ def write_samples(args, policy, tokenizer, device):
 
     def draw(model):
         with autocast(device):
-            return sample(model, prompts, 1, args.max_response_tokens, tokenizer.eos_token_id,
-                          generator)
+            return sample(model, prompts, 1, args.max_response_tokens, end_ids(model, tokenizer),
+                          generator, len(tokenizer), args.tokens_per_microbatch)
 
     responses = draw(policy)
     if not args.other:

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from functools import lru_cache, partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from reward import load_labeller, prefer
+from reward import halve, load_labeller, prefer
 
 
 def parse_args(argv=None):
@@ -116,69 +117,105 @@ def read_jsonl(path):
         fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
 
 
-def prompt_text(prompt, tokenizer, where):
-    """The prompt as one string; messages go through the tokenizer's chat template."""
-    if isinstance(prompt, str):
-        return prompt
-    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in prompt):
-        raise TypeError
-    if not tokenizer.chat_template:
-        fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
-             "use a chat model, or write text (tasks.py --text)")
+def chat_text(tokenizer, messages, **options):
+    """Messages through the chat template; its date (Llama 3.2 has one) is the same every day."""
+    same_day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+    return tokenizer.apply_chat_template(
+        messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
+
+
+def turn_end(tokenizer):
+    """Id of the token that ends a turn in the chat template (Gemma's <end_of_turn>), else EOS."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # templates raise what they like: a role they do not know, say
-        fail(f"{where}: the tokenizer's chat template refuses the prompt ({e})")
+        after = chat_text(tokenizer, turns).rpartition("answer")[2]
+    except Exception:  # no template, or one that wants other messages
+        after = ""
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
 
 
-def load_pairs(path, tokenizer, max_prompt, max_response):
-    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+def read_pairs(path, tokenizer, max_prompt, max_response):
+    """Yield a file's pairs: (prompt, chosen, rejected, what ends a response), or a stream's ids.
 
-    Prompt and response are tokenised apart; BOS at most once, EOS exactly once. Over-long prompts
-    lose tokens on the left, over-long responses on the right (and so their EOS): counted, printed.
-    Rows of a stream ("prompt_ids", ...) are kept as they are.
+    The first two are text, the last an id: the end of a turn where the prompt is a list of
+    messages, else EOS. What is malformed is an error.
     """
-    texts, streamed, bos, eos = [], [], tokenizer.bos_token_id, tokenizer.eos_token_id
+    eos, turn, kinds = tokenizer.eos_token_id, turn_end(tokenizer), set()
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
+        kinds.add("prompt_ids" in row)
+        if len(kinds) > 1:
+            fail(f"{where}: text pairs and token ids are mixed")
         try:
             if "prompt_ids" in row:
-                streamed.append((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))
-                if not all(ids and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
-                           for ids in streamed[-1]):
+                ids = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+                if not all(side and all(type(i) is int and 0 <= i < len(tokenizer) for i in side)
+                           for side in ids):
                     fail(f"{where}: ids must be lists of tokens that the tokenizer has")
-                prompt, *responses = map(len, streamed[-1])
+                prompt, *responses = map(len, ids)
                 if prompt > max_prompt or max(responses) > max_response:
                     fail(f"{where}: {prompt} + {max(responses)} ids exceed --max-prompt-tokens or "
                          "--max-response-tokens; a stream is never cut, so raise them")
-            else:
-                texts.append((prompt_text(row["prompt"], tokenizer, where), *(
-                    side if isinstance(side, str) else side[-1]["content"]
-                    for side in (row["chosen"], row["rejected"]))))
-                for text in texts[-1]:
-                    str.encode(text)  # a TypeError where it is no string
+                yield ids
+                continue
+            prompt, end = row["prompt"], eos
+            if not isinstance(prompt, str):
+                if not all(isinstance(m["role"], str) and isinstance(m["content"], str)
+                           for m in prompt):
+                    raise TypeError
+                if not tokenizer.chat_template:
+                    fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat "
+                         "template; use a chat model, or write text (tasks.py --text)")
+                try:
+                    prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
+                except Exception as e:  # templates raise what they like: an unknown role, say
+                    fail(f"{where}: the tokenizer's chat template refuses the prompt ({e})")
+            texts = prompt, *(side if isinstance(side, str) else side[-1]["content"]
+                              for side in (row["chosen"], row["rejected"]))
+            for text in texts:
+                str.encode(text)  # a TypeError where it is no string
         except KeyError as key:
             fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
         except UnicodeEncodeError:
             fail(f"{where}: text with half a surrogate pair, which has no UTF-8; mend the row")
         except (TypeError, IndexError):
             fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages")
-    if streamed and texts or not (streamed or texts):
-        fail(f"{path}: " + ("text pairs and token ids are mixed" if texts else "no pairs in it"))
-    if streamed:
-        return streamed
-    ids = tokenizer([text for pair in texts for text in pair], add_special_tokens=False).input_ids
+        yield *texts, end
+    if not kinds:
+        fail(f"{path}: no pairs in it")
+
+
+def load_pairs(path, tokenizer, max_prompt, max_response):
+    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+
+    Prompt and response are tokenised apart; BOS at most once, EOS (of messages the token that ends
+    a turn) exactly once. Over-long prompts lose tokens on the left, over-long responses on the
+    right (and so their EOS): counted, printed. A stream's ids ("prompt_ids", ...) are kept.
+    """
+    bos, eos, turn = tokenizer.bos_token_id, tokenizer.eos_token_id, turn_end(tokenizer)
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    shared = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
     pairs, cut_prompts, cut_responses = [], 0, 0
-    for prompt, *responses in zip(ids[::3], ids[1::3], ids[2::3], strict=True):
-        start = [bos] if adds_bos or prompt[:1] == [bos] else []
-        prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
-        room = max_prompt - len(start)
-        cut_prompts += len(prompt) > room
-        prompt = start + prompt[max(len(prompt) - room, 0):] or [eos]  # something must come first
-        responses = [[i for i in response if i != eos] + [eos] for response in responses]
-        cut_responses += sum(len(response) > max_response for response in responses)
-        pairs.append((prompt, *(response[:max_response] for response in responses)))
+    rows = read_pairs(path, tokenizer, max_prompt, max_response)
+    while some := list(islice(rows, 4096)):  # of more rows than these no text is held
+        if len(some[0]) == 3:  # a stream
+            pairs += [tuple([shared[i] for i in side] for side in pair) for pair in some]
+            continue
+        ids = tokenizer([text for *texts, _ in some for text in texts],
+                        add_special_tokens=False).input_ids
+        for i, (*_, end) in enumerate(some):
+            prompt, *responses = ids[3 * i:3 * i + 3]
+            start = [bos] if adds_bos or prompt[:1] == [bos] else []
+            prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
+            room = max_prompt - len(start)
+            cut_prompts += len(prompt) > room
+            prompt = [shared[i] for i in start + prompt[max(len(prompt) - room, 0):]]
+            responses = [[shared[i] for i in response if i != eos and i != turn] + [end]
+                         for response in responses]
+            cut_responses += sum(len(response) > max_response for response in responses)
+            pairs.append((prompt or [eos],  # something must come first
+                          *(response[:max_response] for response in responses)))
     print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
           f"{cut_responses:,} responses on the right")
     return pairs
@@ -348,35 +385,49 @@ def pair_logps(model, pairs):
     return logps.new_zeros(2 * len(pairs)).index_add(0, owners, logps).view(2, -1)
 
 
+def plain_logits(model, rows):
+    """Logits of R (prompt, response) rows the plain way: one row each, no mask tricks, no chunks.
+
+    Prompts are padded on the left, responses on the right, to K tokens. Returns (logits (R, K, V)
+    in fp32, as the model gives them; targets (R, K); real (R, K), 0 where a target is padding).
+    """
+    start, width = (max(len(row[side]) for row in rows) for side in (0, 1))
+    ids = torch.tensor([[0] * (start - len(x)) + x + y + [0] * (width - len(y)) for x, y in rows])
+    real = torch.tensor([[0] * (start - len(x)) + [1] * (len(x) + len(y)) + [0] * (width - len(y))
+                         for x, y in rows])
+    ids, real = ids.to(model.device), real.to(model.device)
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=width + 1,
+                   position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits
+    return logits[:, :-1].float(), ids[:, start:], real[:, start:]
+
+
 def plain_logps(model, pairs):
-    """The same as `pair_logps` the plain way: one row a response, no mask tricks, no chunks."""
-    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    pad = [width - len(prompt) - len(response) for prompt, response in rows]
-    ids = torch.tensor([p + r + [0] * n for (p, r), n in zip(rows, pad, strict=True)])
-    real = torch.tensor([[1] * (width - n) + [0] * n for n in pad])
-    asked = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * n
-                          for (p, r), n in zip(rows, pad, strict=True)])
-    ids, real, asked = (x.to(model.device) for x in (ids, real, asked))
-    first = min(len(prompt) for prompt, _ in rows) - 1  # no logits where all rows are prompt
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=torch.arange(
-        first, width - 1, device=model.device)).logits.float()
-    logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, first + 1:], reduction="none")
-    return (logps * asked[:, first + 1:]).sum(1).view(2, -1)
+    """The same as `pair_logps` from `plain_logits`: two rows a pair."""
+    logits, targets, real = plain_logits(
+        model, [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs])
+    logps = logits.log_softmax(-1).gather(2, targets[:, :, None]).squeeze(2)
+    return (logps * real).sum(1).view(2, -1)
 
 
 @torch.no_grad()
 def choose_logps(model, pairs):
-    """`pair_logps` where it agrees with `plain_logps` in fp32 on a few pairs, else the latter."""
+    """`pair_logps` where it equals `plain_logps` but for rounding on a few pairs, else the latter.
+
+    fp32 rounds the log-prob of a token, at 50,000 tokens of vocabulary, by up to 1e-5 nats and 1e-5
+    of itself: ten times that is let pass. A mask that is not taken shows in whole nats.
+    """
     pairs = [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]  # a window would show
+    gap = 0.0
     try:
-        gap = max((pair_logps(model, [pair]) - plain_logps(model, [pair])).abs().max().item()
-                  for pair in pairs)
+        for pair in pairs:
+            plain, lengths = plain_logps(model, [pair]), torch.tensor([[len(y)] for y in pair[1:]])
+            off = (pair_logps(model, [pair]) - plain).abs() / (plain.abs() + lengths.to(plain))
+            gap = max(gap, off.max().item())
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # the model takes no such mask
         gap = type(e).__name__
-    if isinstance(gap, float) and gap < 1e-2:
+    if isinstance(gap, float) and gap < 1e-4:
         return pair_logps
     print(f"this model does not take one row a pair (gap {gap}): using plain rows")
     return plain_logps
@@ -457,7 +508,7 @@ class SlotLayer(DynamicLayer):
         """Write the new (B, heads, 1, width) keys and values; return all so far, as views."""
         end = self.get_mask_sizes(1)[0]
         for slots, new in zip(self.slots, (keys, values), strict=True):
-            slots.index_copy_(2, self.used, new)
+            slots.index_copy_(2, self.used, new.to(slots.dtype))
         self.keys, self.values = (slots[:, :, :end] for slots in self.slots)
         return self.keys, self.values
 
@@ -488,17 +539,20 @@ def next_logits(model, ids, real, places, cache):
         model.config._attn_implementation = attention
 
 
-def prefill(model, prompts, per_prompt, room, static):
+def prefill(model, prompts, per_prompt, room, tokens, static):
     """Compute each prompt once and repeat it for its samples, B = len(prompts) * per_prompt rows.
 
-    Prompts, given in order of length, are computed in groups of little padding and written,
-    left-padded to one width W, into a cache with `room` free slots behind.
+    Prompts, given in order of length, are computed in groups of little padding, at most `tokens` at
+    once, and written, left-padded to one width W, into a cache with `room` free slots behind. Under
+    autocast slots are of its dtype, to which attention casts keys and values anyway.
     Returns (cache, used: W as a tensor, logits (B, V), real (B, W + room)).
     """
     device, width, layers, logits = model.device, len(prompts[-1]), [], []
+    dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
+             else model.dtype)
     used = torch.tensor(width, device=device)
     real = torch.zeros(len(prompts) * per_prompt, width + room, dtype=torch.long, device=device)
-    for group in micro_batches([[x] for x in prompts], 1 << 14):
+    for group in micro_batches([[x] for x in prompts], tokens):
         pad = [len(prompts[group[-1]]) - len(prompts[i]) for i in group]
         ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
         mask = torch.tensor([[0] * n + [1] * len(prompts[i])
@@ -508,9 +562,9 @@ def prefill(model, prompts, per_prompt, room, static):
         rows = slice(group[0] * per_prompt, (group[-1] + 1) * per_prompt)
         start = width - ids.shape[1]
         real[rows, start:width] = mask.repeat_interleave(per_prompt, 0)
-        layers = layers or [SlotLayer([x.new_zeros(len(real), x.shape[1], width + room, x.shape[3])
-                                       for x in (part.keys, part.values)], used, static)
-                            for part in cache.layers]
+        layers = layers or [SlotLayer([
+            x.new_zeros(len(real), x.shape[1], width + room, x.shape[3], dtype=dtype)
+            for x in (part.keys, part.values)], used, static) for part in cache.layers]
         for layer, part in zip(layers, cache.layers, strict=True):
             for slots, new in zip(layer.slots, (part.keys, part.values), strict=True):
                 slots[rows, :, start:width] = new.repeat_interleave(per_prompt, 0)
@@ -528,9 +582,14 @@ def decoder(model, ids, real, places, cache):
         return step
     step()  # warms up; autocast keeps its bf16 copies of the weights, which the graph then reads
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            logits = step()
+    torch.cuda.synchronize()
+    try:  # torch.cuda.graph empties the allocator's cache, and where it fails keeps its stream
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin()
+            try:
+                logits = step()
+            finally:
+                graph.capture_end()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:  # the model waits for the GPU in the middle of a step, say
@@ -551,34 +610,46 @@ def pick_tokens(logits, noise):
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
+def end_ids(model, tokenizer):
+    """Ids that end a response: EOS, the end of a turn, and those of model.generation_config."""
+    said = model.generation_config.eos_token_id if model.generation_config else None
+    said = said if isinstance(said, list) else [said]
+    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *said} - {None})
+
+
 @torch.no_grad()
-def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False, slots=None,
-           static=None):
+def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, tokens=1024,
+           greedy=False, static=None):
     """Sample `per_prompt` responses to each prompt at temperature 1, as lists of token ids.
 
-    Returns len(prompts) * per_prompt lists, those of one prompt side by side; each ends with `eos`
-    unless it reached `max_tokens`. A prompt is prefilled once for all its samples. Left-padded
-    prompts of not too unequal lengths go together, in at most `slots` slots of KV cache. Rows
-    that have ended leave the batch: at once, or, with `static` shapes (on CUDA), when they are half
-    of it. The noise of every (row, position) is drawn beforehand, so that neither the grouping nor
-    the leaving changes what a row draws.
+    Returns len(prompts) * per_prompt lists, those of one prompt side by side; each ends with one of
+    the ids `ends` unless it reached `max_tokens`. Ids from `known` on, which pad the head and which
+    no tokenizer has, are never drawn. A prompt is prefilled once for all its samples. Left-padded
+    prompts of not too unequal lengths go together: at most `tokens` are computed at once, and their
+    KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an eighth of what
+    training keeps of it), 32 times elsewhere. Rows that have ended leave the batch: at once, or,
+    with `static` shapes (on CUDA), when they are half of it. The noise of every (row, position) is
+    drawn beforehand, so that neither the grouping nor the leaving changes what a row draws.
     """
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
-    slots = slots or 1 << (17 if static else 15)
+    slots = tokens * (8 if static else 32)
     noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
-    drawn = torch.full((count, max_tokens), eos, device=device)
+    drawn = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
+    lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
     for group in micro_batches([[x] for x in prompts], slots // per_prompt, max_tokens, 0.7):
         cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
-                                            max_tokens, static)
+                                            max_tokens, tokens, static)
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)])
         rows, alive = rows.to(device), torch.ones(len(rows), dtype=torch.bool, device=device)
         places = real[:, :used].sum(1, keepdim=True)  # of the first new token
         ids, step = torch.empty_like(places), None
         for t in range(max_tokens):
-            tokens = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
-            ids[:, 0] = drawn[rows, t] = torch.where(alive, tokens, eos)
-            alive &= tokens != eos
+            logits = logits[:, :known]
+            new = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
+            ids[:, 0] = drawn[rows, t] = new
+            lengths[rows] += alive
+            alive &= (new[:, None] != ends).all(1)
             left = int(alive.sum())
             if left == 0 or t + 1 == max_tokens:
                 break
@@ -599,8 +670,7 @@ def sample(model, prompts, per_prompt, max_tokens, eos, generator, greedy=False,
             logits = step()
             places += 1
             used += 1
-    responses = drawn.tolist()
-    return [r[:r.index(eos) + 1] if eos in r else r for r in responses]
+    return [x[:n] for x, n in zip(drawn.tolist(), lengths.tolist(), strict=True)]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -707,11 +777,13 @@ def load_checkpoint(path, model, optimizer):
         return 0
     try:
         with safe_open(path, "pt") as f:
+            saved = set(f.keys())
             for name, weight in model.named_parameters():
                 weight.data.copy_(f.get_tensor(f"weight.{name}"))
                 for key in ("step", "exp_avg", "exp_avg_sq") if optimizer else ():
-                    value = f.get_tensor(f"{key}.{name}")
-                    optimizer.state[weight][key] = value.to(weight.device)
+                    if f"{key}.{name}" in saved:  # a weight that never had a gradient has none
+                        value = f.get_tensor(f"{key}.{name}")
+                        optimizer.state[weight][key] = value.to(weight.device)
             return int(f.metadata()["step"])
     except (SafetensorError, RuntimeError) as e:
         fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
@@ -774,7 +846,9 @@ def main(args):
     data = load_pairs(args.prompts, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     logps_of = choose_logps(policy, data)
     labeller = load_labeller(args.labeller, tokenizer, device, args.trust_remote_code)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    ends, reference = end_ids(policy, tokenizer), None
+    if args.gold or args.loss != "bo2":
+        reference = copy.deepcopy(policy).requires_grad_(False)
     loss_fn = {"ipo": partial(ipo_loss, beta=args.beta), "dpo": partial(dpo_loss, beta=args.beta),
                "slic": partial(slic_loss, beta=args.beta), "bo2": bo2_loss}[args.loss]
     judge = None
@@ -782,6 +856,8 @@ def main(args):
         import gold_eval
         judge = gold_eval.load_judge(args, args.eval_data or args.prompts, reference, tokenizer,
                                      logps_of)
+    elif reference:  # evaluation alone needs it in fp32
+        halve(reference)
     batch = partial(batch_rows, rows=len(data), batch_size=args.batch_size, order="shuffled",
                     shuffle_window=0, seed=args.seed)
     quiet = not sys.stderr.isatty()
@@ -797,8 +873,8 @@ def main(args):
         prompts = [data[i][0] for i in rows]
         noise = torch.Generator().manual_seed((args.seed + 1 << 32) + step)  # of this step alone
         with autocast(device):  # around all steps, so that the weights are cast once
-            responses = sample(policy, prompts, 2, args.max_response_tokens,
-                               tokenizer.eos_token_id, noise)
+            responses = sample(policy, prompts, 2, args.max_response_tokens, ends, noise,
+                               len(tokenizer), args.tokens_per_microbatch)
         batch_pairs = list(zip(prompts, responses[::2], responses[1::2], strict=True))
         margins = prefer(labeller, batch_pairs, args.tokens_per_microbatch).tolist()
         batch_pairs = [(x, a, b) if margin >= 0 else (x, b, a)

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from functools import lru_cache
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -111,69 +112,105 @@ def read_jsonl(path):
         fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
 
 
-def prompt_text(prompt, tokenizer, where):
-    """The prompt as one string; messages go through the tokenizer's chat template."""
-    if isinstance(prompt, str):
-        return prompt
-    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in prompt):
-        raise TypeError
-    if not tokenizer.chat_template:
-        fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
-             "use a chat model, or write text (tasks.py --text)")
+def chat_text(tokenizer, messages, **options):
+    """Messages through the chat template; its date (Llama 3.2 has one) is the same every day."""
+    same_day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+    return tokenizer.apply_chat_template(
+        messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
+
+
+def turn_end(tokenizer):
+    """Id of the token that ends a turn in the chat template (Gemma's <end_of_turn>), else EOS."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # templates raise what they like: a role they do not know, say
-        fail(f"{where}: the tokenizer's chat template refuses the prompt ({e})")
+        after = chat_text(tokenizer, turns).rpartition("answer")[2]
+    except Exception:  # no template, or one that wants other messages
+        after = ""
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
 
 
-def load_pairs(path, tokenizer, max_prompt, max_response):
-    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+def read_pairs(path, tokenizer, max_prompt, max_response):
+    """Yield a file's pairs: (prompt, chosen, rejected, what ends a response), or a stream's ids.
 
-    Prompt and response are tokenised apart; BOS at most once, EOS exactly once. Over-long prompts
-    lose tokens on the left, over-long responses on the right (and so their EOS): counted, printed.
-    Rows of a stream ("prompt_ids", ...) are kept as they are.
+    The first two are text, the last an id: the end of a turn where the prompt is a list of
+    messages, else EOS. What is malformed is an error.
     """
-    texts, streamed, bos, eos = [], [], tokenizer.bos_token_id, tokenizer.eos_token_id
+    eos, turn, kinds = tokenizer.eos_token_id, turn_end(tokenizer), set()
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
+        kinds.add("prompt_ids" in row)
+        if len(kinds) > 1:
+            fail(f"{where}: text pairs and token ids are mixed")
         try:
             if "prompt_ids" in row:
-                streamed.append((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))
-                if not all(ids and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
-                           for ids in streamed[-1]):
+                ids = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+                if not all(side and all(type(i) is int and 0 <= i < len(tokenizer) for i in side)
+                           for side in ids):
                     fail(f"{where}: ids must be lists of tokens that the tokenizer has")
-                prompt, *responses = map(len, streamed[-1])
+                prompt, *responses = map(len, ids)
                 if prompt > max_prompt or max(responses) > max_response:
                     fail(f"{where}: {prompt} + {max(responses)} ids exceed --max-prompt-tokens or "
                          "--max-response-tokens; a stream is never cut, so raise them")
-            else:
-                texts.append((prompt_text(row["prompt"], tokenizer, where), *(
-                    side if isinstance(side, str) else side[-1]["content"]
-                    for side in (row["chosen"], row["rejected"]))))
-                for text in texts[-1]:
-                    str.encode(text)  # a TypeError where it is no string
+                yield ids
+                continue
+            prompt, end = row["prompt"], eos
+            if not isinstance(prompt, str):
+                if not all(isinstance(m["role"], str) and isinstance(m["content"], str)
+                           for m in prompt):
+                    raise TypeError
+                if not tokenizer.chat_template:
+                    fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat "
+                         "template; use a chat model, or write text (tasks.py --text)")
+                try:
+                    prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
+                except Exception as e:  # templates raise what they like: an unknown role, say
+                    fail(f"{where}: the tokenizer's chat template refuses the prompt ({e})")
+            texts = prompt, *(side if isinstance(side, str) else side[-1]["content"]
+                              for side in (row["chosen"], row["rejected"]))
+            for text in texts:
+                str.encode(text)  # a TypeError where it is no string
         except KeyError as key:
             fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
         except UnicodeEncodeError:
             fail(f"{where}: text with half a surrogate pair, which has no UTF-8; mend the row")
         except (TypeError, IndexError):
             fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages")
-    if streamed and texts or not (streamed or texts):
-        fail(f"{path}: " + ("text pairs and token ids are mixed" if texts else "no pairs in it"))
-    if streamed:
-        return streamed
-    ids = tokenizer([text for pair in texts for text in pair], add_special_tokens=False).input_ids
+        yield *texts, end
+    if not kinds:
+        fail(f"{path}: no pairs in it")
+
+
+def load_pairs(path, tokenizer, max_prompt, max_response):
+    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+
+    Prompt and response are tokenised apart; BOS at most once, EOS (of messages the token that ends
+    a turn) exactly once. Over-long prompts lose tokens on the left, over-long responses on the
+    right (and so their EOS): counted, printed. A stream's ids ("prompt_ids", ...) are kept.
+    """
+    bos, eos, turn = tokenizer.bos_token_id, tokenizer.eos_token_id, turn_end(tokenizer)
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    shared = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
     pairs, cut_prompts, cut_responses = [], 0, 0
-    for prompt, *responses in zip(ids[::3], ids[1::3], ids[2::3], strict=True):
-        start = [bos] if adds_bos or prompt[:1] == [bos] else []
-        prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
-        room = max_prompt - len(start)
-        cut_prompts += len(prompt) > room
-        prompt = start + prompt[max(len(prompt) - room, 0):] or [eos]  # something must come first
-        responses = [[i for i in response if i != eos] + [eos] for response in responses]
-        cut_responses += sum(len(response) > max_response for response in responses)
-        pairs.append((prompt, *(response[:max_response] for response in responses)))
+    rows = read_pairs(path, tokenizer, max_prompt, max_response)
+    while some := list(islice(rows, 4096)):  # of more rows than these no text is held
+        if len(some[0]) == 3:  # a stream
+            pairs += [tuple([shared[i] for i in side] for side in pair) for pair in some]
+            continue
+        ids = tokenizer([text for *texts, _ in some for text in texts],
+                        add_special_tokens=False).input_ids
+        for i, (*_, end) in enumerate(some):
+            prompt, *responses = ids[3 * i:3 * i + 3]
+            start = [bos] if adds_bos or prompt[:1] == [bos] else []
+            prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
+            room = max_prompt - len(start)
+            cut_prompts += len(prompt) > room
+            prompt = [shared[i] for i in start + prompt[max(len(prompt) - room, 0):]]
+            responses = [[shared[i] for i in response if i != eos and i != turn] + [end]
+                         for response in responses]
+            cut_responses += sum(len(response) > max_response for response in responses)
+            pairs.append((prompt or [eos],  # something must come first
+                          *(response[:max_response] for response in responses)))
     print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
           f"{cut_responses:,} responses on the right")
     return pairs
@@ -319,11 +356,13 @@ def load_checkpoint(path, model, optimizer):
         return 0
     try:
         with safe_open(path, "pt") as f:
+            saved = set(f.keys())
             for name, weight in model.named_parameters():
                 weight.data.copy_(f.get_tensor(f"weight.{name}"))
                 for key in ("step", "exp_avg", "exp_avg_sq") if optimizer else ():
-                    value = f.get_tensor(f"{key}.{name}")
-                    optimizer.state[weight][key] = value.to(weight.device)
+                    if f"{key}.{name}" in saved:  # a weight that never had a gradient has none
+                        value = f.get_tensor(f"{key}.{name}")
+                        optimizer.state[weight][key] = value.to(weight.device)
             return int(f.metadata()["step"])
     except (SafetensorError, RuntimeError) as e:
         fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
@@ -411,7 +450,22 @@ def load_labeller(name, tokenizer, device, trust_remote_code):
     if own.get_vocab() != tokenizer.get_vocab():
         fail(f"{name} has another tokenizer than the policy; token ids go to it as they are, so "
              "train it from a model of the same family")
-    return model
+    return halve(model)
+
+
+def halve(model):
+    """Freeze a model and hold its linear layers in what autocast casts them to (on CUDA bf16).
+
+    The same bits come out at half the memory, with no fp32 weight beside its copy. What the
+    embeddings share stays as it is.
+    """
+    device, embedding = model.device.type, model.get_input_embeddings().weight
+    with autocast(model.device):
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    for module in model.modules() if dtype else ():
+        if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
+            module.to(dtype)
+    return model.requires_grad_(False)
 
 
 SCORE_SCALE = 32  # a mean moves as many times slower than a sum: without it, 1 to 2% less accurate
@@ -457,19 +511,32 @@ def prefer(model, pairs, tokens=8192):
 
 @torch.no_grad()
 def check_mask(model, pairs):
-    """Refuse a model whose attention does not take the mask of one row a pair."""
-    kind, model.config.preference_kind = model.config.preference_kind, "pointwise"
-    weight = model.score.weight.data.clone()
-    model.score.weight.data.fill_(1 / model.config.hidden_size)
+    """Refuse a backbone whose attention does not take the mask of one row a pair.
+
+    Scores by random weights of one row a pair against one row a response, on two pairs and the
+    longest one, where a sliding window would show.
+    """
+    kind, weight = model.config.preference_kind, model.score.weight.data
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    model.config.preference_kind = "pointwise"
+    model.score.weight.data = noise.to(weight) / weight.shape[1] ** 0.5
+
+    def alone(prompt, response):
+        ids = torch.tensor([prompt + response], device=model.device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return SCORE_SCALE * model.score(hidden)[0, len(prompt):].mean()
+
+    gap = 0.0
     try:
-        alone = [preference_logits(model, [(x, a, [])]) - preference_logits(model, [(x, b, [])])
-                 for x, a, b in pairs[:2]]
-        gap = (preference_logits(model, pairs[:2]) - torch.cat(alone)).abs().max().item()
+        for prompt, a, b in [*pairs[:2], max(pairs, key=lambda pair: sum(map(len, pair)))]:
+            scores = alone(prompt, a), alone(prompt, b)
+            off = (preference_logits(model, [(prompt, a, b)]) - (scores[0] - scores[1])).abs()
+            gap = max(gap, (off / (1 + max(x.abs() for x in scores))).item())
     except Exception:  # the model takes no such mask
         gap = math.inf
-    if gap > 1e-2:
-        fail(f"this backbone's attention does not take one row a pair (gap {gap:.2g}); use another")
     model.config.preference_kind, model.score.weight.data = kind, weight
+    if gap > 1e-3:
+        fail(f"this backbone's attention does not take one row a pair (gap {gap:.2g}); use another")
 
 
 @torch.no_grad()
@@ -572,6 +639,7 @@ def label(args):
         fail(f"{args.out} exists; choose another --out, or remove it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_preference_model(args.model, device, args.trust_remote_code)
+    halve(model)
     check_lengths(model, args)
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     margins, chunk = [], 4096

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from functools import lru_cache
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -94,69 +95,105 @@ def read_jsonl(path):
         fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
 
 
-def prompt_text(prompt, tokenizer, where):
-    """The prompt as one string; messages go through the tokenizer's chat template."""
-    if isinstance(prompt, str):
-        return prompt
-    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in prompt):
-        raise TypeError
-    if not tokenizer.chat_template:
-        fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat template; "
-             "use a chat model, or write text (tasks.py --text)")
+def chat_text(tokenizer, messages, **options):
+    """Messages through the chat template; its date (Llama 3.2 has one) is the same every day."""
+    same_day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+    return tokenizer.apply_chat_template(
+        messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
+
+
+def turn_end(tokenizer):
+    """Id of the token that ends a turn in the chat template (Gemma's <end_of_turn>), else EOS."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # templates raise what they like: a role they do not know, say
-        fail(f"{where}: the tokenizer's chat template refuses the prompt ({e})")
+        after = chat_text(tokenizer, turns).rpartition("answer")[2]
+    except Exception:  # no template, or one that wants other messages
+        after = ""
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
 
 
-def load_pairs(path, tokenizer, max_prompt, max_response):
-    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+def read_pairs(path, tokenizer, max_prompt, max_response):
+    """Yield a file's pairs: (prompt, chosen, rejected, what ends a response), or a stream's ids.
 
-    Prompt and response are tokenised apart; BOS at most once, EOS exactly once. Over-long prompts
-    lose tokens on the left, over-long responses on the right (and so their EOS): counted, printed.
-    Rows of a stream ("prompt_ids", ...) are kept as they are.
+    The first two are text, the last an id: the end of a turn where the prompt is a list of
+    messages, else EOS. What is malformed is an error.
     """
-    texts, streamed, bos, eos = [], [], tokenizer.bos_token_id, tokenizer.eos_token_id
+    eos, turn, kinds = tokenizer.eos_token_id, turn_end(tokenizer), set()
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
+        kinds.add("prompt_ids" in row)
+        if len(kinds) > 1:
+            fail(f"{where}: text pairs and token ids are mixed")
         try:
             if "prompt_ids" in row:
-                streamed.append((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))
-                if not all(ids and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
-                           for ids in streamed[-1]):
+                ids = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+                if not all(side and all(type(i) is int and 0 <= i < len(tokenizer) for i in side)
+                           for side in ids):
                     fail(f"{where}: ids must be lists of tokens that the tokenizer has")
-                prompt, *responses = map(len, streamed[-1])
+                prompt, *responses = map(len, ids)
                 if prompt > max_prompt or max(responses) > max_response:
                     fail(f"{where}: {prompt} + {max(responses)} ids exceed --max-prompt-tokens or "
                          "--max-response-tokens; a stream is never cut, so raise them")
-            else:
-                texts.append((prompt_text(row["prompt"], tokenizer, where), *(
-                    side if isinstance(side, str) else side[-1]["content"]
-                    for side in (row["chosen"], row["rejected"]))))
-                for text in texts[-1]:
-                    str.encode(text)  # a TypeError where it is no string
+                yield ids
+                continue
+            prompt, end = row["prompt"], eos
+            if not isinstance(prompt, str):
+                if not all(isinstance(m["role"], str) and isinstance(m["content"], str)
+                           for m in prompt):
+                    raise TypeError
+                if not tokenizer.chat_template:
+                    fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat "
+                         "template; use a chat model, or write text (tasks.py --text)")
+                try:
+                    prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
+                except Exception as e:  # templates raise what they like: an unknown role, say
+                    fail(f"{where}: the tokenizer's chat template refuses the prompt ({e})")
+            texts = prompt, *(side if isinstance(side, str) else side[-1]["content"]
+                              for side in (row["chosen"], row["rejected"]))
+            for text in texts:
+                str.encode(text)  # a TypeError where it is no string
         except KeyError as key:
             fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
         except UnicodeEncodeError:
             fail(f"{where}: text with half a surrogate pair, which has no UTF-8; mend the row")
         except (TypeError, IndexError):
             fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages")
-    if streamed and texts or not (streamed or texts):
-        fail(f"{path}: " + ("text pairs and token ids are mixed" if texts else "no pairs in it"))
-    if streamed:
-        return streamed
-    ids = tokenizer([text for pair in texts for text in pair], add_special_tokens=False).input_ids
+        yield *texts, end
+    if not kinds:
+        fail(f"{path}: no pairs in it")
+
+
+def load_pairs(path, tokenizer, max_prompt, max_response):
+    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+
+    Prompt and response are tokenised apart; BOS at most once, EOS (of messages the token that ends
+    a turn) exactly once. Over-long prompts lose tokens on the left, over-long responses on the
+    right (and so their EOS): counted, printed. A stream's ids ("prompt_ids", ...) are kept.
+    """
+    bos, eos, turn = tokenizer.bos_token_id, tokenizer.eos_token_id, turn_end(tokenizer)
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    shared = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
     pairs, cut_prompts, cut_responses = [], 0, 0
-    for prompt, *responses in zip(ids[::3], ids[1::3], ids[2::3], strict=True):
-        start = [bos] if adds_bos or prompt[:1] == [bos] else []
-        prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
-        room = max_prompt - len(start)
-        cut_prompts += len(prompt) > room
-        prompt = start + prompt[max(len(prompt) - room, 0):] or [eos]  # something must come first
-        responses = [[i for i in response if i != eos] + [eos] for response in responses]
-        cut_responses += sum(len(response) > max_response for response in responses)
-        pairs.append((prompt, *(response[:max_response] for response in responses)))
+    rows = read_pairs(path, tokenizer, max_prompt, max_response)
+    while some := list(islice(rows, 4096)):  # of more rows than these no text is held
+        if len(some[0]) == 3:  # a stream
+            pairs += [tuple([shared[i] for i in side] for side in pair) for pair in some]
+            continue
+        ids = tokenizer([text for *texts, _ in some for text in texts],
+                        add_special_tokens=False).input_ids
+        for i, (*_, end) in enumerate(some):
+            prompt, *responses = ids[3 * i:3 * i + 3]
+            start = [bos] if adds_bos or prompt[:1] == [bos] else []
+            prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
+            room = max_prompt - len(start)
+            cut_prompts += len(prompt) > room
+            prompt = [shared[i] for i in start + prompt[max(len(prompt) - room, 0):]]
+            responses = [[shared[i] for i in response if i != eos and i != turn] + [end]
+                         for response in responses]
+            cut_responses += sum(len(response) > max_response for response in responses)
+            pairs.append((prompt or [eos],  # something must come first
+                          *(response[:max_response] for response in responses)))
     print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
           f"{cut_responses:,} responses on the right")
     return pairs
@@ -323,35 +360,49 @@ def pair_logps(model, pairs):
     return logps.new_zeros(2 * len(pairs)).index_add(0, owners, logps).view(2, -1)
 
 
+def plain_logits(model, rows):
+    """Logits of R (prompt, response) rows the plain way: one row each, no mask tricks, no chunks.
+
+    Prompts are padded on the left, responses on the right, to K tokens. Returns (logits (R, K, V)
+    in fp32, as the model gives them; targets (R, K); real (R, K), 0 where a target is padding).
+    """
+    start, width = (max(len(row[side]) for row in rows) for side in (0, 1))
+    ids = torch.tensor([[0] * (start - len(x)) + x + y + [0] * (width - len(y)) for x, y in rows])
+    real = torch.tensor([[0] * (start - len(x)) + [1] * (len(x) + len(y)) + [0] * (width - len(y))
+                         for x, y in rows])
+    ids, real = ids.to(model.device), real.to(model.device)
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=width + 1,
+                   position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits
+    return logits[:, :-1].float(), ids[:, start:], real[:, start:]
+
+
 def plain_logps(model, pairs):
-    """The same as `pair_logps` the plain way: one row a response, no mask tricks, no chunks."""
-    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    pad = [width - len(prompt) - len(response) for prompt, response in rows]
-    ids = torch.tensor([p + r + [0] * n for (p, r), n in zip(rows, pad, strict=True)])
-    real = torch.tensor([[1] * (width - n) + [0] * n for n in pad])
-    asked = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * n
-                          for (p, r), n in zip(rows, pad, strict=True)])
-    ids, real, asked = (x.to(model.device) for x in (ids, real, asked))
-    first = min(len(prompt) for prompt, _ in rows) - 1  # no logits where all rows are prompt
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=torch.arange(
-        first, width - 1, device=model.device)).logits.float()
-    logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, first + 1:], reduction="none")
-    return (logps * asked[:, first + 1:]).sum(1).view(2, -1)
+    """The same as `pair_logps` from `plain_logits`: two rows a pair."""
+    logits, targets, real = plain_logits(
+        model, [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs])
+    logps = logits.log_softmax(-1).gather(2, targets[:, :, None]).squeeze(2)
+    return (logps * real).sum(1).view(2, -1)
 
 
 @torch.no_grad()
 def choose_logps(model, pairs):
-    """`pair_logps` where it agrees with `plain_logps` in fp32 on a few pairs, else the latter."""
+    """`pair_logps` where it equals `plain_logps` but for rounding on a few pairs, else the latter.
+
+    fp32 rounds the log-prob of a token, at 50,000 tokens of vocabulary, by up to 1e-5 nats and 1e-5
+    of itself: ten times that is let pass. A mask that is not taken shows in whole nats.
+    """
     pairs = [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]  # a window would show
+    gap = 0.0
     try:
-        gap = max((pair_logps(model, [pair]) - plain_logps(model, [pair])).abs().max().item()
-                  for pair in pairs)
+        for pair in pairs:
+            plain, lengths = plain_logps(model, [pair]), torch.tensor([[len(y)] for y in pair[1:]])
+            off = (pair_logps(model, [pair]) - plain).abs() / (plain.abs() + lengths.to(plain))
+            gap = max(gap, off.max().item())
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # the model takes no such mask
         gap = type(e).__name__
-    if isinstance(gap, float) and gap < 1e-2:
+    if isinstance(gap, float) and gap < 1e-4:
         return pair_logps
     print(f"this model does not take one row a pair (gap {gap}): using plain rows")
     return plain_logps
@@ -422,11 +473,13 @@ def load_checkpoint(path, model, optimizer):
         return 0
     try:
         with safe_open(path, "pt") as f:
+            saved = set(f.keys())
             for name, weight in model.named_parameters():
                 weight.data.copy_(f.get_tensor(f"weight.{name}"))
                 for key in ("step", "exp_avg", "exp_avg_sq") if optimizer else ():
-                    value = f.get_tensor(f"{key}.{name}")
-                    optimizer.state[weight][key] = value.to(weight.device)
+                    if f"{key}.{name}" in saved:  # a weight that never had a gradient has none
+                        value = f.get_tensor(f"{key}.{name}")
+                        optimizer.state[weight][key] = value.to(weight.device)
             return int(f.metadata()["step"])
     except (SafetensorError, RuntimeError) as e:
         fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")

@@ -211,7 +211,7 @@ def online_step(args, policy, pairs):
     def step(i):
         prompts = [x for x, _, _ in pairs[i * size:(i + 1) * size]]
         with online_rlhf.autocast(policy.device):
-            responses = online_rlhf.sample(policy, prompts, 2, args.new_tokens, -1,
+            responses = online_rlhf.sample(policy, prompts, 2, args.new_tokens, [-1],
                                            torch.Generator().manual_seed(i))
         batch = list(zip(prompts, responses[::2], responses[1::2], strict=True))
         reward.prefer(labeller, batch, args.tokens_per_microbatch)
@@ -232,7 +232,7 @@ def sampler(args, policy, tokenizer, pairs, varied):
 
     def draw(i):
         with gold_eval.autocast(policy.device):
-            responses = gold_eval.sample(policy, prompts, 2, args.new_tokens, eos,
+            responses = gold_eval.sample(policy, prompts, 2, args.new_tokens, [eos],
                                          torch.Generator().manual_seed(i))
         counts.append(sum(map(len, responses)))
 
@@ -271,7 +271,8 @@ def evaluation(args, policy, tokenizer, pairs):
     prompts = [x for x, _, _ in pairs[:args.prompts]]
     logps_of = gold_eval.choose_logps(policy, pairs)
     judge = gold_eval.Judge(
-        gold, copy.deepcopy(policy), logps_of, tokenizer, prompts, [a for _, a, _ in pairs], pairs,
+        gold, copy.deepcopy(policy), logps_of, tokenizer, [tokenizer.eos_token_id], prompts,
+        [a for _, a, _ in pairs], pairs,
         gold_eval.batch_logps(policy, logps_of, pairs, args.tokens_per_microbatch),
         args.new_tokens, args.tokens_per_microbatch, 0)
     judge.baseline = judge.baseline[:len(prompts)]

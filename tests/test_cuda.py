@@ -46,7 +46,7 @@ def test_replayed_graphs_change_no_sample(kind, mixed):
     for no_graph in (False, True):
         model.no_graph = no_graph
         with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-            drawn.append(sample(model, [[3, 4, 5], [6]] * 20, 2, 24, 1,
+            drawn.append(sample(model, [[3, 4, 5], [6]] * 20, 2, 24, [1],
                                 torch.Generator().manual_seed(0)))
         assert model.no_graph is no_graph  # the capture went well
     same = sum(a == b for a, b in zip(*drawn, strict=True))
@@ -58,10 +58,10 @@ def test_sampling_sees_weights_that_moved():
     model = tiny().cuda()
     for _ in range(2):
         with autocast(model.device):
-            before = sample(model, [[3, 4, 5]], 1, 8, -1, torch.Generator(), greedy=True)
+            before = sample(model, [[3, 4, 5]], 1, 8, [-1], torch.Generator(), greedy=True)
         with torch.no_grad():
             for p in model.parameters():
                 p.neg_()
         with autocast(model.device):
-            after = sample(model, [[3, 4, 5]], 1, 8, -1, torch.Generator(), greedy=True)
+            after = sample(model, [[3, 4, 5]], 1, 8, [-1], torch.Generator(), greedy=True)
         assert before != after

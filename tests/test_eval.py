@@ -25,7 +25,7 @@ def test_kl_equals_enumeration(kind):
     assert truth > 0.05
     assert sum(p * kl for p, kl in zip(pi.values(), kls.tolist(), strict=True)) == pytest.approx(
         truth, rel=1e-5)
-    drawn = gold_eval.sample(policy, [prompt] * 4000, 1, 3, 1, torch.Generator().manual_seed(0))
+    drawn = gold_eval.sample(policy, [prompt] * 4000, 1, 3, [1], torch.Generator().manual_seed(0))
     found = gold_eval.mean_se("kl", gold_eval.response_kl(
         policy, reference, [(prompt, r) for r in drawn], 8192))
     assert abs(found["gold/kl"] - truth) < 4 * found["gold/kl_se"]
@@ -134,6 +134,6 @@ def test_evaluate_at_the_reference(toy):
     assert metrics["gold/accuracy_golden"] == 0.5 and metrics["gold/accuracy_self"] == 0.5
     assert (metrics, samples) == gold_eval.evaluate(policy, judge)
     assert len(judge.prompts) == 24 and len(samples) == 24
-    judge.baseline = gold_eval.sample(policy, judge.prompts, 2, 40, tokenizer.eos_token_id,
+    judge.baseline = gold_eval.sample(policy, judge.prompts, 2, 40, judge.ends,
                                       torch.Generator().manual_seed(0))[::2]
     assert gold_eval.evaluate(policy, judge)[0]["gold/win_rate"] == 0.5
