@@ -2,14 +2,17 @@
 
     python plots.py runs/demo/online-* runs/demo/ipo-* --out win_rate_kl.png
     python plots.py runs/toy/online-ipo-b* runs/toy/ipo-b* --figure fig7 --out fig7.png
+    python plots.py results/toy/fig4-checkpoints.csv --figure gap --out gap.png
 
-Reads args.json, metrics.jsonl and samples.jsonl. A group is what shares a source of responses, a
-loss, a model and a labeller; it pools hyper-parameters and seeds. In a figure over KL a point is a
-checkpoint of a run. A seed's frontier is the upper concave hull of its checkpoints over KL: what a
-policy reaches that answers with one checkpoint or another by chance, at no more than their mean KL
-(KL is convex). The line is the mean over seeds, where every seed has a frontier, the band their
-lowest and highest. Each group shows the best of its runs in this way, which favours a group of more
-runs and checkpoints: in figure 1 offline has six times as many as online.
+Reads args.json, metrics.jsonl and samples.jsonl, or the checkpoints that it wrote itself. A group
+is what shares a source of responses, a loss, a model and a labeller; it pools hyper-parameters and
+seeds. In a figure over KL a point is a checkpoint of a run. A line is the mean over seeds of their
+frontiers, where every seed has one, the band their lowest and highest. A frontier is made of the
+settings (hyper-parameters and step) that do best **on the other seeds**, and drawn through this
+seed's checkpoints of them: the best of many noisy values is too good, the more so the more there
+are, but what is chosen on one seed and judged on another is not. Between two checkpoints it is
+what a mixture reaches, which answers with one or the other by chance, at no more than the KL drawn
+(KL is convex); no single policy may have been there. One seed alone is chosen on itself.
 
 MIT licence.
 """
@@ -40,7 +43,8 @@ KL = "KL(policy, SFT) in nats a response"
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("runs", nargs="+", help="run folders (fig6: files of gold_eval.py classify)")
+    p.add_argument("runs", nargs="+", help="run folders, or files of checkpoints that this script "
+                   "wrote (fig6: files of gold_eval.py classify)")
     p.add_argument("--figure", choices=FIGURES, default="main", help="which figure to draw")
     p.add_argument("--out", default="win_rate_kl.png", help="figure to write (png, pdf, svg)")
     p.add_argument("--title", default="", help="title of the figure")
@@ -107,6 +111,23 @@ def read_run(folder):
             "rows": rows, "steps": steps}
 
 
+def read_checkpoints(path):
+    """The runs of a file that `checkpoints` wrote; they have no rows but the judged ones."""
+    runs = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            for row in csv.DictReader(f):
+                run = runs.setdefault(row["run"], {
+                    "name": row["run"], **{k: row[k] for k in ("source", "loss", "model", "proxy")},
+                    "seed": int(row["seed"]), "beta": row["beta"], "lr": row["lr"], "rows": []})
+                run["rows"].append({k: float(v) for k, v in row.items()
+                                    if v and k.startswith(("gold/", "toy/"))}
+                                   | {"step": int(row["step"])})
+    except (OSError, ValueError, KeyError) as e:
+        fail(f"{path} is no file of checkpoints: {e!r}")
+    return list(runs.values())
+
+
 def group_of(run):
     """What a group of runs shares: hyper-parameters and seeds are pooled."""
     return run["source"], run["loss"], run["model"], run["proxy"]
@@ -136,76 +157,121 @@ def legend(group, groups):
 # ---- frontiers -----------------------------------------------------------------------------------
 
 
-def frontier(runs, grid, values="gold/win_rate", noise=None):
-    """Upper concave hull over KL of all checkpoints of runs, at each log KL of `grid` (G,).
-
-    NaN outside the KL they reach. `noise` replaces the values' own: a list of arrays, one a run.
-    """
-    x = np.concatenate([[row["gold/kl"] for row in run["rows"]] for run in runs])
-    y = np.concatenate(noise or [[row[values] for row in run["rows"]] for run in runs])
-    hull = []
-    for c in sorted(zip(x, y, strict=True)):
-        while hull and (hull[-1][0] == c[0] or len(hull) > 1 and (hull[-1][0] - hull[-2][0]) * (
-                c[1] - hull[-2][1]) >= (c[0] - hull[-2][0]) * (hull[-1][1] - hull[-2][1])):
-            hull.pop()  # it lies under the line from the one before it to c
-        hull.append(c)
-    return np.interp(np.exp(grid), *zip(*hull, strict=True), left=np.nan, right=np.nan)
-
-
 def by_seed(runs):
     """Runs as {seed: its runs}."""
     return {seed: [r for r in runs if r["seed"] == seed] for seed in sorted(
         {r["seed"] for r in runs})}
 
 
+def checkpoints_of(runs, values="gold/win_rate"):
+    """{seed: {setting: (KL, value)}} of the settings that every seed has."""
+    found = {}
+    for run in runs:
+        points = found.setdefault(run["seed"], {})
+        for row in run["rows"]:
+            at = run["beta"], run["lr"], row["step"]
+            while at in points:  # two runs of one setting, on other data say
+                at += ("again",)
+            if values in row and row["gold/kl"] > 0:
+                points[at] = row["gold/kl"], row[values]
+    shared = set.intersection(*map(set, found.values()))
+    return {seed: {at: points[at] for at in points if at in shared}
+            for seed, points in found.items()}
+
+
+def hull(points):
+    """Settings of {setting: (KL, value)} on the upper concave hull, from low to high KL."""
+    found = []
+    for at, (x, y) in sorted(points.items(), key=lambda item: item[1]):
+        while found and (x == points[found[-1]][0] or len(found) > 1 and lies_under(
+                points[found[-1]], points[found[-2]], (x, y))):
+            found.pop()
+        found.append(at)
+    return found
+
+
+def lies_under(point, left, right):
+    """Whether a point is not above the line between two others."""
+    return (point[0] - left[0]) * (right[1] - left[1]) >= (right[0] - left[0]) * (
+        point[1] - left[1])
+
+
+def held_out(runs, values="gold/win_rate"):
+    """A list of (own, others) a seed: {setting: (KL, value)}, its own and the other seeds' means.
+
+    What is chosen by the others and judged by its own does not feed on the noise it is judged by.
+    """
+    found = checkpoints_of(runs, values)
+    return [(own, {at: tuple(np.mean([points[at] for other, points in found.items()
+                                      if other != seed or len(found) == 1], 0)) for at in own})
+            for seed, own in found.items()]
+
+
+def frontiers(runs, log_kls, values="gold/win_rate"):
+    """Each seed's frontier (seeds, G) at log KLs (G,), NaN outside the KL that it reaches.
+
+    It runs through the seed's checkpoints of the settings on the hull of the others' means.
+    """
+    lines = []
+    for own, others in held_out(runs, values):
+        x, y = zip(*sorted(own[at] for at in hull(others)), strict=True)
+        lines.append(np.interp(np.exp(log_kls), x, y, left=np.nan, right=np.nan))
+    return np.array(lines)
+
+
+def best_within(runs, kl):
+    """(KL, win rate) of the best single checkpoint of at most this KL, as means over seeds."""
+    found = []
+    for own, others in held_out(runs):
+        within = [at for at in others if others[at][0] <= kl]
+        found.append(own[max(within, key=lambda at: others[at][1])] if within else (np.nan,) * 2)
+    return np.mean(found, 0)
+
+
 def seed_frontiers(runs, values="gold/win_rate"):
     """(log KL (G,), frontiers (seeds, G)) over the KL that the runs reach."""
     kls = [row["gold/kl"] for run in runs for row in run["rows"] if row["gold/kl"] > 0]
     grid = np.linspace(np.log(min(kls)), np.log(max(kls)), 200)
-    return grid, np.array([frontier(some, grid, values) for some in by_seed(runs).values()])
+    return grid, frontiers(runs, grid, values)
 
 
-def matched_gap(first, second, kls, draws=1000):
-    """Win rate of `first` minus `second` at equal KL, with a bootstrap over seeds and prompts.
+T_975 = (np.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student, 97.5%
 
-    A draw takes seeds with replacement (the same for both) and moves every checkpoint's win rate by
-    its standard error over prompts. The two share prompts and noise, which would make the interval
-    narrower: it is on the wide side. Returns {"kl": (first, second, gap, low, high)}, KL "mean" for
-    the mean over the log KL that all frontiers cover; 95% intervals.
+
+def interval(values):
+    """(mean, low, high), each (...), of held-out values (seeds, ...): 95% over training seeds.
+
+    Student's t of as few seeds as there are. Their values are not independent, since the settings
+    of each were chosen on the others, so that the variance of the mean is not s^2 / n but
+    s^2 (1 / n + 1 / (n - 1)) (Nadeau and Bengio 2003, with one part of n held out). What was not
+    drawn again is not in it: the golden model, the proxy, the data, the prompts.
     """
-    sides, rng = [by_seed(first), by_seed(second)], np.random.default_rng(0)
-    seeds = sorted(sides[0].keys() & sides[1].keys())
-    if not seeds:
+    n = len(values)
+    t = T_975[n - 1] if n <= len(T_975) else 1.96
+    with np.errstate(all="ignore"):  # of one seed: NaN
+        half = t * values.std(0, ddof=min(1, n - 1)) * (1 / n + 1 / max(n - 1, 1)) ** 0.5
+    return values.mean(0), values.mean(0) - half, values.mean(0) + half
+
+
+def matched_gap(first, second, kls):
+    """Win rate of `first` minus `second` at equal KL, by the frontiers of the seeds they share.
+
+    Returns {"kl": (first, second, gap, low, high)} with 95% intervals, where all seeds have values;
+    KL "mean" is over the log KL that all frontiers cover.
+    """
+    shared = {r["seed"] for r in first} & {r["seed"] for r in second}
+    sides = [[r for r in runs if r["seed"] in shared] for runs in (first, second)]
+    if not shared:
         return {}
-    ends = [[np.log([max(row["gold/kl"], 1e-6) for r in side[seed] for row in r["rows"]])
-             for seed in seeds] for side in sides]
-    low = max(x.min() for side in ends for x in side)
-    high = min(x.max() for side in ends for x in side)
-    if low >= high:
-        return {}
-    grid = np.concatenate([np.log(kls), np.linspace(low, high, 41)])
-
-    def means(noisy):
-        lines = [[frontier(side[seed], grid, noise=[np.array([
-            row["gold/win_rate"] + noisy * rng.normal() * row["gold/win_rate_se"]
-            for row in r["rows"]]) for r in side[seed]]) for seed in seeds] for side in sides]
-        return np.array(lines)  # (2, seeds, grid)
-
-    def summary(lines):
-        at = lines.mean(1)  # NaN where a seed has no value: no claim there
-        covered = ~np.isnan(at[:, len(kls):]).any(0)
-        mean = at[:, len(kls):][:, covered].mean(1)
-        return np.concatenate([at[:, :len(kls)], mean[:, None]], 1)  # (2, KLs + 1)
-
-    point = summary(means(0))
-    drawn = np.array([np.subtract(*summary(means(1)[:, rng.integers(len(seeds), size=len(seeds))]))
-                      for _ in range(draws)])
-    found = {}
-    for i, kl in enumerate([*kls, "mean"]):
-        if not np.isnan(point[:, i]).any():
-            a, b = point[:, i]
-            found[kl] = (a, b, a - b, *np.nanpercentile(drawn[:, i], [2.5, 97.5]))
-    return found
+    reached = [row["gold/kl"] for runs in sides for r in runs for row in r["rows"]]
+    even = np.linspace(np.log(max(min(reached), 1e-3)), np.log(max(reached)), 200)
+    at = np.concatenate([np.log(kls), even])
+    lines = np.array([frontiers(runs, at) for runs in sides])  # (2, seeds, KLs)
+    covered = ~np.isnan(lines).any((0, 1))
+    found = {kl: lines[:, :, i] for i, kl in enumerate(kls) if covered[i]}
+    if covered[len(kls):].any():
+        found["mean"] = lines[:, :, len(kls):][:, :, covered[len(kls):]].mean(2)
+    return {kl: (*sides.mean(1), *interval(sides[0] - sides[1])) for kl, sides in found.items()}
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -382,6 +448,8 @@ def over_steps(runs, *measures):
 
 def training_loss(runs):
     """Appendix F: the online run's loss, and that of offline runs on the pairs it made."""
+    if not all("steps" in run for run in runs):
+        fail("training losses are in run folders alone, not in files of checkpoints")
     figure, axes = figure_of(1)
     online = next((r for r in runs if r["source"] == "online"), runs[0])
     lines = []
@@ -435,9 +503,13 @@ def draw_gaps(axes, groups, pairs):
     for i, (first, second) in enumerate(pairs):
         found = matched_gap(groups[first], groups[second], kls)
         title = f"{legend(first, groups)} - {legend(second, groups)}"
-        lines += [{"comparison": title, "kl": kl, **dict(zip(
-            ("online", "other", "gap", "low", "high"), values, strict=True))}
-            for kl, values in found.items()]
+        for kl, row in found.items():
+            lines.append({"comparison": title, "kl": kl} | dict(zip(
+                ("online", "other", "gap", "low", "high"), row, strict=True)))
+            if kl != "mean":
+                for side, group in (("online", first), ("other", second)):
+                    lines[-1] |= dict(zip((f"{side}_single_kl", f"{side}_single"),
+                                          best_within(groups[group], kl), strict=True))
         at = [kl for kl in found if kl != "mean"]
         y = np.array([found[kl][2:] for kl in at]).reshape(-1, 3)
         if "mean" in found:
@@ -500,13 +572,17 @@ def write_csv(path, rows):
 
 def checkpoints(runs):
     """The judged checkpoints of runs, as rows for a CSV."""
-    return [{"run": r["name"], **{k: r[k] for k in ("source", "loss", "seed", "beta", "lr")},
+    return [{"run": r["name"], **{
+        k: r[k] for k in ("source", "loss", "model", "proxy", "seed", "beta", "lr")},
              **{k: row[k] for k in row if k == "step" or k.startswith(("gold/", "toy/"))}}
             for r in runs for row in r["rows"]]
 
 
 def main(args):
-    runs = args.runs if args.figure == "fig6" else [read_run(f) for f in dict.fromkeys(args.runs)]
+    runs = args.runs
+    if args.figure != "fig6":
+        runs = [run for path in dict.fromkeys(runs) for run in (
+            read_checkpoints(path) if path.endswith(".csv") else [read_run(path)])]
     figure, lines = FIGURES[args.figure](runs)
     if args.title:
         figure.suptitle(args.title)

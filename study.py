@@ -7,13 +7,13 @@
     python study.py --scale paper --list 3        # of these the third wave: all can run at once
 
 Each command makes one file or run folder and goes on from its checkpoint when it is run again: the
-study can be killed at any moment. On a cluster run wave after wave (xargs -P, a job array).
+study can be killed at any moment. On a cluster run wave after wave (xargs -P, a job array). Needs
+Linux or macOS; commands share the cores evenly unless OMP_NUM_THREADS is set.
 
 MIT licence. Reading order: tasks.py, sft.py, reward.py, dpo.py, gold_eval.py, online_rlhf.py.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shlex
@@ -25,6 +25,11 @@ import time
 from tqdm import tqdm
 
 import plots
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("error: study.py needs Linux or macOS (fcntl); the other scripts run anywhere")
 
 TOY_SIZES = {"-w32": (32, 1), "-w96": (96, 3)}  # width, layers; tasks.py's own are 64 and 2
 TOY = dict(
@@ -327,7 +332,7 @@ def waves(stages):
 def start(words, jobs, lock):
     """Start one command; with several at once its output goes to a file beside what it makes."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), words[0])
-    env, log = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}, None
+    env, log = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ, None
     if jobs > 1:
         os.makedirs(os.path.dirname(out_of(words)) or ".", exist_ok=True)
         log = open(f"{out_of(words)}.log", "a")  # noqa: SIM115  closed below
@@ -345,7 +350,12 @@ def run(stages, jobs, folder):
             for makes, words in stages.items()}
     read, running, began = needs(stages), {}, {}
     with open(f"{folder}/lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another study, or a command it left, still works in {folder}: waiting for it",
+                  file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         todo = [makes for makes in stages if not os.path.exists(makes)]
         bar = tqdm(total=sum(cost.values()), initial=sum(cost[m] for m in cost if m not in todo),
                    unit="step", disable=not sys.stderr.isatty(), smoothing=0)

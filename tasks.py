@@ -313,7 +313,8 @@ def hub_rows(name):
     except ImportError:
         fail(f"{repo} is parquet: `pip install datasets`, or pass a local copy by --file")
     try:
-        data = load_dataset(repo, "comparisons", revision="refs/convert/parquet", split="train")
+        data = load_dataset(repo, data_files="comparisons/train/*.parquet", split="train",
+                            revision="refs/convert/parquet")  # by path: the branch has no configs
     except Exception as e:
         fail(f"cannot download {repo} ({type(e).__name__}); pass a local copy by --file")
     yield from enumerate(data, 1)

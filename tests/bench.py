@@ -212,7 +212,8 @@ def online_step(args, policy, pairs):
         prompts = [x for x, _, _ in pairs[i * size:(i + 1) * size]]
         with online_rlhf.autocast(policy.device):
             responses = online_rlhf.sample(policy, prompts, 2, args.new_tokens, [-1],
-                                           torch.Generator().manual_seed(i))
+                                           torch.Generator().manual_seed(i),
+                                           tokens=args.tokens_per_microbatch)
         batch = list(zip(prompts, responses[::2], responses[1::2], strict=True))
         reward.prefer(labeller, batch, args.tokens_per_microbatch)
         ref = dpo.reference_logps(reference, logps_of, batch, args.tokens_per_microbatch)
@@ -233,7 +234,8 @@ def sampler(args, policy, tokenizer, pairs, varied):
     def draw(i):
         with gold_eval.autocast(policy.device):
             responses = gold_eval.sample(policy, prompts, 2, args.new_tokens, [eos],
-                                         torch.Generator().manual_seed(i))
+                                         torch.Generator().manual_seed(i),
+                                         tokens=args.tokens_per_microbatch)
         counts.append(sum(map(len, responses)))
 
     took = seconds(draw, 3)

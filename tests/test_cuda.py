@@ -65,3 +65,31 @@ def test_sampling_sees_weights_that_moved():
         with autocast(model.device):
             after = sample(model, [[3, 4, 5]], 1, 8, [-1], torch.Generator(), greedy=True)
         assert before != after
+
+
+def test_a_model_that_takes_no_graph_leaves_the_stream(capsys):
+    """It waits for the GPU in the middle of a step: sampled without graphs, on the same stream."""
+    model = tiny().cuda()
+    attend = model.model.layers[0].self_attn.forward
+    model.model.layers[0].self_attn.forward = lambda *args, **kwargs: (
+        next(model.parameters()).sum().item(), attend(*args, **kwargs))[1]
+    before = torch.cuda.current_stream()
+    drawn = sample(model, [[3, 4, 5]], 2, 8, [1], torch.Generator().manual_seed(0))
+    assert len(drawn) == 2 and torch.cuda.current_stream() == before
+    assert "without CUDA graphs" in capsys.readouterr().out
+
+
+def test_evaluation_is_in_fp32():
+    """Log-probs and KL as on CPU to 1e-3 nats a response, at a vocabulary of 49,152."""
+    from test_real import long_pairs, near, wide
+
+    import gold_eval
+
+    reference, pairs = wide(), long_pairs(4)
+    policy, rows, found = near(reference, 0.003), [(x, y) for x, y, _ in pairs], []
+    for device in ("cpu", "cuda"):
+        models = [model.to(device) for model in (policy, reference)]
+        found.append((gold_eval.response_kl(*models, rows, 1024), gold_eval.batch_logps(
+            models[0], gold_eval.pair_logps, pairs, 1024)))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() < 3e-3

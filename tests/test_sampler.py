@@ -149,3 +149,24 @@ def test_pick_tokens_inverts_the_cdf():
     never = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(2, 3)
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert gold_eval.pick_tokens(never, ends).tolist() == [1, 1]
+
+
+def test_the_cache_is_bounded_by_the_flag(monkeypatch):
+    """At most 32 slots a token of --tokens-per-microbatch (8 with static shapes), and no more than
+    these tokens computed at once, whatever there is to sample."""
+    slots, widths, prefill, logits = [], [], gold_eval.prefill, gold_eval.next_logits
+
+    def watched(model, prompts, per_prompt, room, tokens, static):
+        cache, *rest = prefill(model, prompts, per_prompt, room, tokens, static)
+        slots.append(cache.layers[0].slots[0].shape[0] * cache.layers[0].slots[0].shape[2])
+        return cache, *rest
+
+    def counted(model, ids, *rest):
+        widths.append(ids.numel() * (ids.shape[1] > 1))  # of prefilling
+        return logits(model, ids, *rest)
+    monkeypatch.setattr(gold_eval, "prefill", watched)
+    monkeypatch.setattr(gold_eval, "next_logits", counted)
+    for static, least, most in ((False, 16 * 64, 32 * 64), (True, 4 * 64, 8 * 64)):
+        slots.clear()
+        sample(tiny(), PROMPTS * 40, 2, 12, [1], noise(), tokens=64, static=static)
+        assert least < max(slots) <= most and max(widths) <= 64

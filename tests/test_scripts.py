@@ -56,6 +56,23 @@ def test_reference_log_probs_are_kept(toy, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("reference-*.safetensors"))) == 3 and kept.exists()
 
 
+def test_online_bo2_keeps_no_reference(toy, tmp_path, monkeypatch):
+    """Nothing reads one without --gold; ipo has its log-ratios from one."""
+    import online_rlhf
+
+    copied = online_rlhf.copy.deepcopy
+    monkeypatch.setattr(online_rlhf.copy, "deepcopy", lambda x, *rest: pytest.fail("a reference")
+                        if isinstance(x, torch.nn.Module) else copied(x, *rest))
+    assert len(online(toy, f"{tmp_path}/a", loss="bo2")) == 4
+    with pytest.raises(pytest.fail.Exception):
+        online(toy, f"{tmp_path}/b", loss="ipo")
+
+
+def test_the_cost_of_evaluation_is_said_before_the_first(toy, tmp_path, capsys):
+    offline(toy, "dpo", f"{tmp_path}/a", gold=f"{toy}/gold", baseline=f"{toy}/baseline.jsonl")
+    assert "an evaluation is of 24 prompts: up to 0." in capsys.readouterr().out
+
+
 def test_policy_moved_and_its_start_did_not(toy, tmp_path):
     before = weights_of(f"{toy}/sft")
     offline(toy, "dpo", f"{tmp_path}/dpo")

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -75,6 +78,34 @@ def test_done_stages_are_skipped_and_failures_stop(tmp_path, capfd, monkeypatch)
         study.run({**stages, "new": ["dpo.py", "--nonsense", "--out", "new"]}, 1, "runs")
     assert stop.value.code == 2
     assert "ended with status 2" in capfd.readouterr().err
+
+
+def test_threads_the_wait_and_windows(tmp_path, monkeypatch):
+    """A user's OMP_NUM_THREADS stays; a second study says that it waits; no fcntl is one line."""
+    monkeypatch.chdir(tmp_path)
+    show = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    (tmp_path / "show.py").write_text(show)
+    for given, seen in (("7", "7"), (None, str(max(1, study.os.cpu_count() // 2)))):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        with open("lock", "w") as lock:
+            child = study.start([f"{tmp_path}/show.py", "--out", f"runs/{seen}"], 2, lock)
+            assert child.wait() == 0
+        assert (tmp_path / f"runs/{seen}.log").read_text().strip() == seen
+    hold = ("import fcntl, sys, time; f = open('runs/lock', 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print('held', flush=True); time.sleep(1.5)")
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        again = subprocess.run([sys.executable, "-c", "import study; study.run({}, 1, 'runs')"],
+                               capture_output=True, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert again.stderr.splitlines() == [
+        "another study, or a command it left, still works in runs: waiting for it"]
+    without = subprocess.run([sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; "
+                              "import study"], capture_output=True, text=True, cwd=ROOT)
+    assert without.returncode == 1 and without.stderr.splitlines() == [
+        "error: study.py needs Linux or macOS (fcntl); the other scripts run anywhere"]
 
 
 # ---- plots ---------------------------------------------------------------------------------------
@@ -168,32 +199,34 @@ def test_figure_6_draws_the_classifiers(tmp_path):
     assert found == {"offline": 0.7, "proxy": 0.8, "online": 0.6}
 
 
-def test_frontier_by_hand():
-    """The upper concave hull over KL of all runs' checkpoints; none beyond the last."""
-    runs = [{"rows": [judged(1, 1.0, 0.2), judged(2, 4.0, 0.5), judged(3, 2.0, 0.3)]},
-            {"rows": [judged(1, 1.0, 0.1), judged(2, 8.0, 0.1), judged(3, 5.0, 0.1)]}]
-    found = plots.frontier(runs, np.log([0.9, 1.0, 2.0, 4.0, 6.0, 8.0, 8.1]))
-    assert np.allclose(found, [np.nan, 0.2, 0.3, 0.5, 0.3, 0.1, np.nan], equal_nan=True)
+def test_hull_by_hand():
+    """The upper concave hull over KL: a seed alone runs through it; none beyond the last."""
+    runs = [{"seed": 0, "beta": beta, "lr": 1, "rows": rows} for beta, rows in (
+        (1, [judged(1, 1.0, 0.2), judged(2, 4.0, 0.5), judged(3, 2.0, 0.3)]),
+        (2, [judged(1, 1.0, 0.1), judged(2, 8.0, 0.1), judged(3, 5.0, 0.1)]))]
+    found = plots.frontiers(runs, np.log([0.9, 1.0, 2.0, 4.0, 6.0, 8.0, 8.1]))
+    assert np.allclose(found, [[np.nan, 0.2, 0.3, 0.5, 0.3, 0.1, np.nan]], equal_nan=True)
     g = np.random.default_rng(0)
     rows = [judged(i, *g.uniform(0.1, 1, 2)) for i in range(1, 41)]
     points = np.array([(r["gold/kl"], r["gold/win_rate"]) for r in rows])
     grid = np.log(np.sort(points[:, 0])[1:-1])
     brute = [max(a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0]) for a in points for b in points
                  if a[0] <= x <= b[0] and a[0] < b[0]) for x in np.exp(grid)]
-    assert np.allclose(plots.frontier([{"rows": rows[:9]}, {"rows": rows[9:]}], grid), brute)
+    run = {"seed": 0, "beta": 1, "lr": 1, "rows": rows}
+    assert np.allclose(plots.frontiers([run], grid), [brute])
 
 
 def test_matched_gap_by_hand(recorded):
-    """.1 at every KL; the interval is that of the noise: two checkpoints' errors, two sides."""
+    """.1 at every KL of both seeds, and no doubt about it; of one seed no interval."""
     runs = [plots.read_run(r) for r in recorded]
     online, offline = ([r for r in runs if r["source"] == s] for s in ("online", "offline"))
     found = plots.matched_gap(online, offline, [1.0, 2.0, 8.0])
     assert found.keys() == {1.0, 2.0, "mean"}  # nothing is claimed where no run has been
     for first, second, gap, low, high in found.values():
-        assert gap == pytest.approx(0.1) and first - second == pytest.approx(gap)
-        assert low < 0.1 < high and 0.005 < high - low < 0.08
-    _, _, gap, low, high = found[1.0]  # sd of a draw: .01 sqrt(2) sqrt(1 / 2 + 1 / 4): a seed twice
-    assert high - low == pytest.approx(2 * 1.96 * 0.01 * (2 * 0.75) ** 0.5, rel=0.15)
+        assert first - second == pytest.approx(gap)
+        assert (gap, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    one = plots.matched_gap(online[:1], offline, [1.0])[1.0]
+    assert one[2] == pytest.approx(0.1) and np.isnan(one[3:]).all()
     assert plots.matched_gap(online, [], [1.0]) == {}
 
 
@@ -233,3 +266,82 @@ def test_readme_commands_parse_and_paths_exist():
         row = re.search(rf"^\| `{script.name}` \|.*\| (\d+) \|$", text, re.M)
         assert row, f"README has no line for {script.name}"
         assert abs(int(row[1]) - len(script.read_text().splitlines())) <= 15, script.name
+
+
+# ---- the comparison under its null ---------------------------------------------------------------
+
+
+def simulated(rng, settings, per_setting, worse, seeds=3):
+    """Runs whose checkpoints lie on one curve of win rate over KL, `worse` (settings,) below it.
+
+    A run is off by .015, a checkpoint by its 1,024 prompts, a KL by 4%, as in the toy study.
+    """
+    kls = np.exp(rng.uniform(np.log(0.1), np.log(25), (settings, per_setting)))
+    return [{"seed": seed, "beta": i, "lr": 0, "rows": [
+        {"step": step, "gold/kl": kl * np.exp(0.04 * rng.normal()), "gold/win_rate":
+            0.12 + 0.8 * (1 - np.exp(-kl / 10)) - worse[i] + off + 0.0145 * rng.normal()}
+        for step, kl in enumerate(kls[i])]}
+        for seed in range(seeds) for i in range(settings) for off in [0.015 * rng.normal()]]
+
+
+@pytest.mark.parametrize("worse", [[0] * 9, [0, 0, 0, 0.02, 0.05, 0.1, 0.1, 0.15, 0.2]])
+def test_no_gap_is_found_where_there_is_none(worse):
+    """24 checkpoints a seed against 144, as online against offline: the gap of two equal sides is 0
+    on average, and 0 lies within its interval 95 times in 100."""
+    rng, kls, found = np.random.default_rng(0), [1, 3, 8], []
+    for _ in range(300):
+        found.append(plots.matched_gap(simulated(rng, 3, 8, [0] * 3), simulated(rng, 9, 16, worse),
+                                       kls))
+    for kl in (*kls, "mean"):
+        _, _, gap, low, high = np.array([gaps[kl] for gaps in found if kl in gaps]).T
+        assert len(gap) > 250 and abs(gap.mean()) < 0.006
+        assert 0.92 <= ((low <= 0) & (high >= 0)).mean() <= 0.985, kl
+
+
+def test_that_test_would_notice():
+    """Settings chosen on the seed that they are judged by: the side of more checkpoints wins."""
+    rng, gaps = np.random.default_rng(0), []
+    for _ in range(60):
+        few, many = simulated(rng, 3, 8, [0] * 3), simulated(rng, 9, 16, [0] * 9)
+        gaps += [plots.matched_gap([r for r in few if r["seed"] == seed],
+                                   [r for r in many if r["seed"] == seed], [3])[3][2]
+                 for seed in range(3)]
+    assert np.mean(gaps) < -0.012
+
+
+def test_interval_by_hand():
+    """1, 2, 3: mean 2, s 1, t 4.303 of two degrees, and (1/3 + 1/2) for folds that share seeds."""
+    mean, low, high = plots.interval(np.array([1.0, 2.0, 3.0]))
+    assert (mean, low, high) == pytest.approx((2, 2 - 4.303 * (5 / 6) ** 0.5,
+                                               2 + 4.303 * (5 / 6) ** 0.5))
+    assert np.isnan(plots.interval(np.array([1.0]))[1])
+
+
+def test_frontiers_choose_on_the_other_seeds():
+    """Seed 0's lucky checkpoint is not its own choice; what seed 1 chooses is judged on seed 0."""
+    values = {0: {1: (1.0, 0.2), 2: (2.0, 0.9), 3: (2.0, 0.4)},  # setting 2: luck on seed 0
+              1: {1: (1.0, 0.2), 2: (2.0, 0.3), 3: (2.0, 0.5)}}
+    runs = [{"seed": seed, "beta": 0.1, "lr": 1, "rows": [
+        {"step": step, "gold/kl": kl, "gold/win_rate": win} for step, (kl, win) in points.items()]}
+        for seed, points in values.items()]
+    lines = plots.frontiers(runs, np.log([1.0, 1.5, 2.0, 3.0]))
+    assert lines[0][:3] == pytest.approx([0.2, 0.3, 0.4])  # by seed 1's choice, setting 3
+    assert lines[1][:3] == pytest.approx([0.2, 0.25, 0.3])  # by seed 0's, setting 2
+    assert np.isnan(lines[:, 3]).all()
+    assert plots.best_within(runs, 1.9) == pytest.approx([1.0, 0.2])
+    assert plots.best_within(runs, 9.0) == pytest.approx([2.0, (0.4 + 0.3) / 2])
+    assert np.isnan(plots.best_within(runs, 0.5)).all()
+
+
+def test_figures_from_stored_checkpoints(recorded, tmp_path):
+    """What a figure wrote can be drawn from again, number by number."""
+    first, again = f"{tmp_path}/f.png", f"{tmp_path}/g.png"
+    plots.main(plots.parse_args([*recorded, "--figure", "gap", "--out", first]))
+    plots.main(plots.parse_args([f"{tmp_path}/f-checkpoints.csv", "--figure", "gap", "--out",
+                                 again]))
+    assert table_of(tmp_path / "f.csv") == table_of(tmp_path / "g.csv") != []
+    assert table_of(tmp_path / "f-checkpoints.csv") == table_of(tmp_path / "g-checkpoints.csv")
+    with pytest.raises(SystemExit):
+        plots.main(plots.parse_args([f"{tmp_path}/f-checkpoints.csv", "--figure", "tandem"]))
+    with pytest.raises(SystemExit):
+        plots.main(plots.parse_args([f"{tmp_path}/f.csv", "--figure", "gap"]))

@@ -180,8 +180,9 @@ def test_from_the_hub_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(
         load_dataset=lambda *a, **k: asked.append((a, k)) or [row]))
     tasks.main(tasks.parse_args(["tldr", "--out", f"{tmp_path}/tldr"]))
-    assert asked[-1] == (("openai/summarize_from_feedback", "comparisons"),
-                         {"revision": "refs/convert/parquet", "split": "train"})
+    assert asked[-1] == (("openai/summarize_from_feedback",), {
+        "data_files": "comparisons/train/*.parquet", "revision": "refs/convert/parquet",
+        "split": "train"})
     assert rows_of(f"{tmp_path}/tldr/initial.jsonl")[0]["chosen"] == " y"
 
 
