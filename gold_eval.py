@@ -429,11 +429,11 @@ def response_kl(policy, reference, rows, tokens):
 
     Averaged over responses sampled from the policy this is an unbiased estimate of the KL between
     the two policies' distributions of whole responses (paper, appendix D). The logits are those of
-    the models themselves, in fp32: in bf16 two equal policies part by .07 nats at 39 tokens.
+    the models themselves, in fp32: in bf16 a KL of .00004 nats read .067 at 39 tokens.
     """
     kls, vocabulary = torch.zeros(len(rows)), policy.get_output_embeddings().weight.shape[0]
-    at_once = max(1, min(tokens, LOGITS_AT_ONCE // vocabulary))
-    for group in micro_batches([[response] for _, response in rows], at_once):
+    at_once = min(tokens, 2 * LOGITS_AT_ONCE // vocabulary)  # of prompts and responses together
+    for group in micro_batches(rows, at_once):
         with torch.autocast(policy.device.type, enabled=False):
             (logits, _, real), (ref_logits, _, _) = (
                 plain_logits(model, [rows[i] for i in group]) for model in (policy, reference))

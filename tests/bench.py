@@ -6,9 +6,10 @@
 
 One JSON line each: pairs/s or tokens/s after a warm-up, peak memory in GB and, for training, the
 FLOP/s of its matrix products (unpadded tokens, recomputation not counted) as a share of the rate
-measured on one large matrix product. `profile` tells where the time of a DPO step goes. The peers
-on the same work: `trl` is TRL's DPOTrainer (where installed), `generate` and `generate-varied` are
-transformers' own sampling with fixed lengths, and with EOS at random lengths.
+measured on one large matrix product. `plain` is `dpo` with two rows a pair, `profile` tells where
+the time of a DPO step goes. The peers on the same work: `trl` is TRL's DPOTrainer (where
+installed), `generate` and `generate-varied` are transformers' own sampling with fixed lengths, and
+with EOS at random lengths.
 """
 
 import argparse
@@ -36,7 +37,7 @@ import online_rlhf
 import reward
 import slic
 
-MEASURES = ["dpo", "ipo", "slic", "trl", "online", "sample", "generate", "sample-varied",
+MEASURES = ["dpo", "plain", "ipo", "slic", "trl", "online", "sample", "generate", "sample-varied",
             "generate-varied", "evaluate", "profile"]
 KINDS = {"matrix products": ("mm", "addmm", "bmm"), "attention": ("attention",),
          "log-softmax": ("log_softmax", "nll_loss"), "optimizer": ("adamw", "vector_norm")}
@@ -139,7 +140,7 @@ def offline_step(name, args, policy, pairs):
     size = args.batch_size
     batches = [[pairs[j % len(pairs)] for j in range(i * size, (i + 1) * size)]
                for i in range(args.steps + 1)]
-    logps_of = dpo.choose_logps(policy, pairs)
+    logps_of = dpo.plain_logps if name == "plain" else dpo.choose_logps(policy, pairs)
     refs = [dpo.reference_logps(policy, logps_of, b, args.tokens_per_microbatch) for b in batches]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 

@@ -95,7 +95,8 @@ def test_check_mask_refuses(capsys):
 
     model = AutoModelForSequenceClassification.from_config(Gemma2Config(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, pad_token_id=0,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_labels=1)).eval()
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_labels=1),
+        attn_implementation="eager").eval()  # adds a boolean mask instead of applying it
     for p in model.parameters():
         if p.dim() == 2:
             p.data.mul_(8)

@@ -127,19 +127,22 @@ def test_frozen_models_are_halved_to_the_same_bits(monkeypatch):
 
 def test_slots_hold_what_attention_reads(monkeypatch):
     """Under autocast keys are kept in its dtype, not in the fp32 that RoPE gives; same samples."""
-    model, prompts, drawn, layers = tiny(), [[3, 4, 5], [6]] * 8, [], []
-    made = gold_eval.SlotLayer.__init__
-    monkeypatch.setattr(gold_eval.SlotLayer, "__init__", lambda self, *args: (
-        layers.append(self), made(self, *args))[1])
-    for dtype in (torch.bfloat16, torch.float32):
-        layers.clear()
-        if dtype == torch.float32:  # as if the slots were to hold what the layers give
-            monkeypatch.setattr(gold_eval.torch, "get_autocast_dtype", lambda _: torch.float32)
+    model, prompts, drawn, prefill = tiny(), [[3, 4, 5], [6]] * 8, [], gold_eval.prefill
+    dtypes = set()
+
+    def watched(*args, dtype):
+        cache, *rest = prefill(*args)
+        for layer in cache.layers:
+            dtypes.update(x.dtype for x in layer.slots)
+            layer.slots = [x.to(dtype) for x in layer.slots]
+        return cache, *rest
+
+    for dtype in (torch.bfloat16, torch.float32):  # as they are; as if they were to hold it all
+        monkeypatch.setattr(gold_eval, "prefill", partial(watched, dtype=dtype))
         with torch.autocast("cpu", torch.bfloat16):
             drawn.append(gold_eval.sample(model, prompts, 2, 12, [1],
                                           torch.Generator().manual_seed(0)))
-        assert {x.dtype for layer in layers for x in layer.slots} == {dtype}
-    assert drawn[0] == drawn[1]
+    assert dtypes == {torch.bfloat16} and drawn[0] == drawn[1]
 
 
 # ---- heads that are more than a matrix, or larger than the tokenizer -----------------------------
