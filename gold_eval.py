@@ -32,6 +32,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -293,63 +294,25 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
 LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 23)
 
 
-class TokenLogps(torch.autograd.Function):
-    """Log-probs (N,) in fp32 of `targets` (N,) under logits = hidden weight^T + bias.
-
-    The (N, V) logits never exist at once: they are made chunk by chunk, and in the backward pass,
-    where d logp / d logits = onehot(target) - softmax(logits), again for all chunks but the last.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx, hidden, weight, bias, targets):
-        ctx.size = max(1, LOGITS_AT_ONCE // len(weight))
-        logps = torch.empty(len(targets), device=hidden.device)
-        for start in range(0, len(targets), ctx.size):
-            rows = slice(start, start + ctx.size)
-            chunk = F.linear(hidden[rows], weight, bias).float().log_softmax(-1)
-            logps[rows] = chunk.gather(1, targets[rows, None]).squeeze(1)
-        ctx.save_for_backward(hidden, weight, bias, targets, chunk)
-        return logps
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
-    def backward(ctx, grad):
-        hidden, weight, bias, targets, chunk = ctx.saved_tensors
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
-        bias_grad = None if bias is None else torch.zeros_like(bias)
-        for start in reversed(range(0, len(targets), ctx.size)):
-            rows = slice(start, start + ctx.size)
-            if chunk is None:
-                chunk = F.linear(hidden[rows], weight, bias).float().log_softmax(-1)
-            logits_grad = chunk.exp_().mul_(-grad[rows, None])
-            logits_grad.scatter_add_(1, targets[rows, None], grad[rows, None])
-            hidden_grad[rows] = logits_grad @ weight
-            weight_grad += logits_grad.T @ hidden[rows]
-            if bias is not None:
-                bias_grad += logits_grad.sum(0)
-            chunk = None
-        return hidden_grad, weight_grad, bias_grad, None
-
-
-def response_hidden(model, packed):
-    """Last hidden states (N, D) of packed pairs where the next token is a response token."""
-    ids, positions, _, visible, sources, *_ = packed
-    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
-                              use_cache=False).last_hidden_state  # (B, T, D)
-    return hidden.flatten(0, 1)[sources]
-
-
 def pair_logps(model, pairs):
     """Summed response log-probs of B pairs as (2, B), chosen first; one shared row a pair.
 
-    The vocabulary projection runs on response positions only, and in chunks (`TokenLogps`).
+    The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
+    once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
     """
-    packed = pack_pairs(pairs, model.device)
-    targets, owners = packed[-2:]
-    hidden, head = response_hidden(model, packed), model.get_output_embeddings()
-    logps = TokenLogps.apply(hidden, head.weight, head.bias, targets)  # (N,)
-    return logps.new_zeros(2 * len(pairs)).index_add(0, owners, logps).view(2, -1)
+    ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
+    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
+                              use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
+    head = model.get_output_embeddings()
+
+    def nll(hidden, targets):
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    size = max(1, LOGITS_AT_ONCE // len(head.weight))
+    *chunks, last = zip(hidden.split(size), targets.split(size), strict=True)
+    nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
+                        for chunk in chunks), nll(*last)])
+    return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
 
 
 def plain_logits(model, rows):
@@ -483,12 +446,12 @@ def load_judge(args, data, reference, tokenizer, logps_of=None):
         fail("--gold needs --baseline, a file of responses (gold_eval.py sample)")
     rows = list(read_jsonl(args.baseline))
     limits = {"prompt_ids": args.max_prompt_tokens, "response_ids": args.max_response_tokens}
-    for number, row in rows:
+    for where, row in rows:
         for key, limit in limits.items():
             ids = row.get(key)
             if not (isinstance(ids, list) and 0 < len(ids) <= limit and all(
                     type(i) is int and 0 <= i < len(tokenizer) for i in ids)):
-                fail(f"{args.baseline}:{number}: {key} must be 1 to {limit} tokens that the "
+                fail(f"{where}: {key} must be 1 to {limit} tokens that the "
                      "tokenizer has; write the file with `gold_eval.py sample`")
     if not rows:
         fail(f"{args.baseline}: no responses in it")

@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import lru_cache
 from itertools import islice
 
 import torch
@@ -27,6 +26,8 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +80,7 @@ def guard(main, args):
 
 
 def read_jsonl(path):
-    """Yield (line number, object) of a .jsonl or .jsonl.gz file; what is malformed is an error."""
+    """Yield ("path:line", object) of a .jsonl or .jsonl.gz file; what is malformed is an error."""
     number = 0
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
@@ -87,8 +88,8 @@ def read_jsonl(path):
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        fail(f"{path}:{number}: not a JSON object: {line.strip()[:40]!r}")
-                    yield number, row
+                        raise ValueError(f"not a JSON object: {line.strip()[:40]!r}")
+                    yield f"{path}:{number}", row
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror or e}")
     except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
@@ -116,15 +117,11 @@ def turn_end(tokenizer):
 def read_pairs(path, tokenizer, max_prompt, max_response):
     """Yield a file's pairs: (prompt, chosen, rejected, what ends a response), or a stream's ids.
 
-    The first two are text, the last an id: the end of a turn where the prompt is a list of
+    The first three are text, the last an id: the end of a turn where the prompt is a list of
     messages, else EOS. What is malformed is an error.
     """
-    eos, turn, kinds = tokenizer.eos_token_id, turn_end(tokenizer), set()
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        kinds.add("prompt_ids" in row)
-        if len(kinds) > 1:
-            fail(f"{where}: text pairs and token ids are mixed")
+    turn = turn_end(tokenizer)
+    for where, row in read_jsonl(path):
         try:
             if "prompt_ids" in row:
                 ids = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
@@ -137,31 +134,25 @@ def read_pairs(path, tokenizer, max_prompt, max_response):
                          "--max-response-tokens; a stream is never cut, so raise them")
                 yield ids
                 continue
-            prompt, end = row["prompt"], eos
+            prompt, end = row["prompt"], tokenizer.eos_token_id
             if not isinstance(prompt, str):
-                if not all(isinstance(m["role"], str) and isinstance(m["content"], str)
-                           for m in prompt):
-                    raise TypeError
                 if not tokenizer.chat_template:
                     fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat "
                          "template; use a chat model, or write text (tasks.py --text)")
-                try:
-                    prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
-                except Exception as e:  # templates raise what they like: an unknown role, say
-                    fail(f"{where}: the tokenizer's chat template refuses the prompt ({e})")
+                if not all(isinstance(m[key], str) for m in prompt for key in ("role", "content")):
+                    raise TypeError("a message has a role and a content")
+                prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
             texts = prompt, *(side if isinstance(side, str) else side[-1]["content"]
                               for side in (row["chosen"], row["rejected"]))
-            for text in texts:
-                str.encode(text)  # a TypeError where it is no string
+            "".join(texts).encode()
         except KeyError as key:
             fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
         except UnicodeEncodeError:
             fail(f"{where}: text with half a surrogate pair, which has no UTF-8; mend the row")
-        except (TypeError, IndexError):
-            fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages")
+        except Exception as e:  # chat templates raise what they like: an unknown role, say
+            fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages that "
+                 f"the chat template takes ({e})")
         yield *texts, end
-    if not kinds:
-        fail(f"{path}: no pairs in it")
 
 
 def load_pairs(path, tokenizer, max_prompt, max_response):
@@ -174,12 +165,15 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
     bos, eos, turn = tokenizer.bos_token_id, tokenizer.eos_token_id, turn_end(tokenizer)
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
     shared = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
-    pairs, cut_prompts, cut_responses = [], 0, 0
+    pairs, cut_prompts, cut_responses, kinds = [], 0, 0, set()
     rows = read_pairs(path, tokenizer, max_prompt, max_response)
     while some := list(islice(rows, 4096)):  # of more rows than these no text is held
-        if len(some[0]) == 3:  # a stream
+        kinds.update(map(len, some))
+        if kinds == {3}:  # a stream
             pairs += [tuple([shared[i] for i in side] for side in pair) for pair in some]
             continue
+        if len(kinds) > 1:
+            fail(f"{path}: text pairs and token ids are mixed")
         ids = tokenizer([text for *texts, _ in some for text in texts],
                         add_special_tokens=False).input_ids
         for i, (*_, end) in enumerate(some):
@@ -194,27 +188,26 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
             cut_responses += sum(len(response) > max_response for response in responses)
             pairs.append((prompt or [eos],  # something must come first
                           *(response[:max_response] for response in responses)))
+    if not pairs:
+        fail(f"{path}: no pairs in it")
     print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
           f"{cut_responses:,} responses on the right")
     return pairs
 
 
-@lru_cache(maxsize=2)
-def epoch_order(epoch, rows, window, seed):
-    """Row order of an epoch, shuffled within windows of `window` rows (1: the order is kept)."""
-    if window == 1:
-        return list(range(rows))
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    return [start + i for start in range(0, rows, window)
-            for i in torch.randperm(min(window, rows - start), generator=generator).tolist()]
+def make_batches(steps, batch_size, rows, shuffle_window, seed):
+    """Row numbers of each step's batch: epochs follow each other, no row is left out.
 
-
-def batch_rows(step, rows, batch_size, order, shuffle_window, seed):
-    """Row numbers of batch `step` (from 0): epochs follow each other, no row is left out."""
-    window = shuffle_window * batch_size or rows
-    window = 1 if order == "kept" or shuffle_window == 1 else min(window, rows)
-    return [epoch_order(i // rows, rows, window, seed)[i % rows]
-            for i in range(step * batch_size, (step + 1) * batch_size)]
+    Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps the order.
+    """
+    window = 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
+    order = []
+    for epoch in range(-(-steps * batch_size // rows)):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        for start in range(0, rows, window):
+            size = min(window, rows - start)
+            order += [start + i for i in torch.randperm(size, generator=generator).tolist()]
+    return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
 def micro_batches(rows, tokens, extra=0, padding=0.2):
@@ -238,7 +231,7 @@ def pack_pairs(pairs, device):
     """Lay out B pairs as B rows: the prompt once, both responses behind it.
 
         tokens    p p p | c c c | r r | .     right-padded to T
-        segment   0 0 0 | 1 1 1 | 2 2 | 3
+        segment   1 1 1 | 2 2 2 | 3 3 | 0
         position  0 1 2 | 3 4 5 | 3 4 | 0     the rejected response restarts at the prompt's end
         source        * | * *   | *           predicts the next token (the last p predicts two)
 
@@ -246,24 +239,22 @@ def pack_pairs(pairs, device):
     Returns (ids (B, T), positions (B, T), segments (B, T), visible (B, 1, T, T),
     sources, targets, owners (N,)): source is an index into B*T, owner into 2*B, chosen first.
     """
-    width = max(sum(map(len, pair)) for pair in pairs)
-    ids, positions, segments, sources, targets, owners = [], [], [], [], [], []
-    for row, (prompt, chosen, rejected) in enumerate(pairs):
+    rows = []
+    for prompt, chosen, rejected in pairs:
         p, c, r = len(prompt), len(chosen), len(rejected)
-        pad = width - p - c - r
-        ids.append(prompt + chosen + rejected + [0] * pad)
-        positions.append([*range(p + c), *range(p, p + r), *[0] * pad])
-        segments.append([0] * p + [1] * c + [2] * r + [3] * pad)
-        last = row * width + p - 1  # the prompt's last token
-        sources += [*range(last, last + c), *[last][:r], *range(last + c + 1, last + c + r)]
-        targets += chosen + rejected
-        owners += [row] * c + [len(pairs) + row] * r
-    ids, positions, segments, sources, targets, owners = (
-        torch.tensor(x).to(device) for x in (ids, positions, segments, sources, targets, owners))
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    visible = (causal & ((key == 0) | (key == query)))[:, None]
-    return ids, positions, segments, visible, sources, targets, owners
+        rows.append(torch.tensor([prompt + chosen + rejected, [*range(p + c), *range(p, p + r)],
+                                  [1] * p + [2] * c + [3] * r]).T)
+    ids, positions, segments = pad_sequence(rows, batch_first=True).unbind(-1)  # each (B, T)
+    query, key = segments[:, None, :, None], segments[:, None, None, :]
+    causal = torch.ones(2 * ids.shape[1:], dtype=torch.bool).tril()
+    visible = causal & ((key == 1) | (key == query))
+    row, column = (segments > 1).nonzero(as_tuple=True)
+    prompt = (segments == 1).sum(1)[row]
+    before = torch.where(positions[row, column] == prompt, prompt, column) - 1
+    sources = row * ids.shape[1] + before
+    owners = row + len(pairs) * (segments[row, column] - 2)
+    return [x.to(device) for x in (
+        ids, positions, segments, visible, sources, ids[row, column], owners)]
 
 
 def load_policy(name, trust_remote_code, device):
@@ -301,63 +292,25 @@ def check_lengths(model, args):
 LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 23)
 
 
-class TokenLogps(torch.autograd.Function):
-    """Log-probs (N,) in fp32 of `targets` (N,) under logits = hidden weight^T + bias.
-
-    The (N, V) logits never exist at once: they are made chunk by chunk, and in the backward pass,
-    where d logp / d logits = onehot(target) - softmax(logits), again for all chunks but the last.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx, hidden, weight, bias, targets):
-        ctx.size = max(1, LOGITS_AT_ONCE // len(weight))
-        logps = torch.empty(len(targets), device=hidden.device)
-        for start in range(0, len(targets), ctx.size):
-            rows = slice(start, start + ctx.size)
-            chunk = F.linear(hidden[rows], weight, bias).float().log_softmax(-1)
-            logps[rows] = chunk.gather(1, targets[rows, None]).squeeze(1)
-        ctx.save_for_backward(hidden, weight, bias, targets, chunk)
-        return logps
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
-    def backward(ctx, grad):
-        hidden, weight, bias, targets, chunk = ctx.saved_tensors
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
-        bias_grad = None if bias is None else torch.zeros_like(bias)
-        for start in reversed(range(0, len(targets), ctx.size)):
-            rows = slice(start, start + ctx.size)
-            if chunk is None:
-                chunk = F.linear(hidden[rows], weight, bias).float().log_softmax(-1)
-            logits_grad = chunk.exp_().mul_(-grad[rows, None])
-            logits_grad.scatter_add_(1, targets[rows, None], grad[rows, None])
-            hidden_grad[rows] = logits_grad @ weight
-            weight_grad += logits_grad.T @ hidden[rows]
-            if bias is not None:
-                bias_grad += logits_grad.sum(0)
-            chunk = None
-        return hidden_grad, weight_grad, bias_grad, None
-
-
-def response_hidden(model, packed):
-    """Last hidden states (N, D) of packed pairs where the next token is a response token."""
-    ids, positions, _, visible, sources, *_ = packed
-    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
-                              use_cache=False).last_hidden_state  # (B, T, D)
-    return hidden.flatten(0, 1)[sources]
-
-
 def pair_logps(model, pairs):
     """Summed response log-probs of B pairs as (2, B), chosen first; one shared row a pair.
 
-    The vocabulary projection runs on response positions only, and in chunks (`TokenLogps`).
+    The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
+    once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
     """
-    packed = pack_pairs(pairs, model.device)
-    targets, owners = packed[-2:]
-    hidden, head = response_hidden(model, packed), model.get_output_embeddings()
-    logps = TokenLogps.apply(hidden, head.weight, head.bias, targets)  # (N,)
-    return logps.new_zeros(2 * len(pairs)).index_add(0, owners, logps).view(2, -1)
+    ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
+    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
+                              use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
+    head = model.get_output_embeddings()
+
+    def nll(hidden, targets):
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    size = max(1, LOGITS_AT_ONCE // len(head.weight))
+    *chunks, last = zip(hidden.split(size), targets.split(size), strict=True)
+    nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
+                        for chunk in chunks), nll(*last)])
+    return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
 
 
 def plain_logits(model, rows):
@@ -453,53 +406,52 @@ def open_run(args):
     os.replace(f"{args.out}/args.json.tmp", f"{args.out}/args.json")
 
 
-def save_checkpoint(path, model, optimizer, step):
-    """Write weights, Adam moments and the step to one safetensors file, swapped in whole.
+def training_state(model, optimizer):
+    """All that a checkpoint holds, by name, in memory shared with the model and the optimizer.
 
     Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
     """
-    tensors = {}
+    state = {"done": torch.tensor(0)}
     for name, weight in model.named_parameters():
-        tensors[f"weight.{name}"] = weight.detach().contiguous()
-        for key, value in optimizer.state[weight].items() if optimizer else ():
-            tensors[f"{key}.{name}"] = value.contiguous()
-    save_file(tensors, path + ".tmp", {"step": str(step)})
+        moments = {"step": torch.zeros((), device=weight.device),
+                   "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        optimizer.state[weight] = moments
+        state |= {f"{k}.{name}": x for k, x in {"weight": weight.detach(), **moments}.items()}
+    return state
+
+
+def save_checkpoint(path, state, done):
+    """Write a training state after `done` steps to one safetensors file, swapped in whole."""
+    state["done"].fill_(done)
+    save_file(state, path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
-def load_checkpoint(path, model, optimizer):
-    """Load what `save_checkpoint` wrote, where there is one; returns the steps done so far."""
-    if not os.path.exists(path):
-        return 0
+def load_checkpoint(path, state):
+    """Copy into a training state what was saved, if anything; returns the steps done so far."""
     try:
-        with safe_open(path, "pt") as f:
-            saved = set(f.keys())
-            for name, weight in model.named_parameters():
-                weight.data.copy_(f.get_tensor(f"weight.{name}"))
-                for key in ("step", "exp_avg", "exp_avg_sq") if optimizer else ():
-                    if f"{key}.{name}" in saved:  # a weight that never had a gradient has none
-                        value = f.get_tensor(f"{key}.{name}")
-                        optimizer.state[weight][key] = value.to(weight.device)
-            return int(f.metadata()["step"])
+        if os.path.exists(path):
+            with safe_open(path, "pt") as f:
+                for name, tensor in state.items():
+                    tensor.copy_(f.get_tensor(name))
     except (SafetensorError, RuntimeError) as e:
         fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
+    return int(state["done"])
 
 
 def cut_jsonl(path, step):
-    """Drop the rows after `step` from a file of {"step": ...} rows, and a half-written line."""
-    lines, kept = [], []
-    if os.path.exists(path):
-        with open(path, "rb") as f:
-            lines = f.readlines()
-    for number, line in enumerate(lines, 1):
+    """Cut a file of {"step": ...} rows after `step`: a killed run wrote more than it saved."""
+    kept = []
+    with open(path, "ab+") as f:  # makes an empty one at the first start
+        f.seek(0)
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+            for line in f:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(len(line))
         except (ValueError, KeyError, TypeError):
-            fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
-    with open(path + ".tmp", "wb") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
+            fail(f"{path}:{len(kept) + 1}: malformed line; mend it, or remove the run folder")
+    os.truncate(path, sum(kept))
 
 
 def append_jsonl(path, rows):
@@ -525,13 +477,6 @@ def catch_signals():
     return caught
 
 
-def stop_run(number, step, path):
-    """Say where a stopped run was saved and exit with the status of its signal."""
-    print(f"{signal.Signals(number).name}: saved step {step} to {path}; --resume goes on",
-          file=sys.stderr)
-    raise SystemExit(128 + number)
-
-
 def main(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -543,14 +488,16 @@ def main(args):
         path, tokenizer, args.max_prompt_tokens, args.max_response_tokens)]
     logps_of = choose_logps(policy, pairs)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    state = training_state(policy, optimizer)
+    batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
     save_path = f"{args.out}/checkpoint.safetensors"
-    start = load_checkpoint(save_path, policy, optimizer)
+    start = load_checkpoint(save_path, state)
     cut_jsonl(f"{args.out}/metrics.jsonl", start)
     caught, quiet = catch_signals(), not sys.stderr.isatty()
     bar = tqdm(range(start, args.steps), "sft", args.steps, initial=start, disable=quiet)
     for step in bar:
         done, began = step + 1, time.perf_counter()
-        rows = batch_rows(step, len(pairs), args.batch_size, "shuffled", 0, args.seed)
+        rows = batches[step]
         batch_pairs, loss = [pairs[i] for i in rows], 0.0
         targets = sum(len(chosen) + len(rejected) for _, chosen, rejected in batch_pairs)
         for group in micro_batches(batch_pairs, args.tokens_per_microbatch):
@@ -566,9 +513,11 @@ def main(args):
         append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "tokens_per_s")})
         if done < args.steps and (caught or done % args.save_every == 0):
-            save_checkpoint(save_path, policy, optimizer, done)
+            save_checkpoint(save_path, state, done)
             if caught:
-                stop_run(caught[0], done, save_path)
+                print(f"{signal.Signals(caught[0]).name}: saved step {done} to {save_path}; "
+                      "--resume goes on", file=sys.stderr)
+                raise SystemExit(128 + caught[0])
     save_final(policy, tokenizer, args.out)
     print(f"{args.out}: {args.steps} steps, loss {metrics['loss']:.4g} nats a token")
 
