@@ -164,7 +164,7 @@ def by_seed(runs):
 
 
 def checkpoints_of(runs, values="gold/win_rate"):
-    """{seed: {setting: (KL, value)}} of the settings that every seed has."""
+    """{seed: {setting: (KL, value)}} of the judged checkpoints of a group."""
     found = {}
     for run in runs:
         points = found.setdefault(run["seed"], {})
@@ -174,9 +174,7 @@ def checkpoints_of(runs, values="gold/win_rate"):
                 at += ("again",)
             if values in row and row["gold/kl"] > 0:
                 points[at] = row["gold/kl"], row[values]
-    shared = set.intersection(*map(set, found.values()))
-    return {seed: {at: points[at] for at in points if at in shared}
-            for seed, points in found.items()}
+    return {seed: points for seed, points in found.items() if points}
 
 
 def hull(points):
@@ -201,10 +199,13 @@ def held_out(runs, values="gold/win_rate"):
 
     What is chosen by the others and judged by its own does not feed on the noise it is judged by.
     """
-    found = checkpoints_of(runs, values)
-    return [(own, {at: tuple(np.mean([points[at] for other, points in found.items()
-                                      if other != seed or len(found) == 1], 0)) for at in own})
-            for seed, own in found.items()]
+    found, pairs = checkpoints_of(runs, values), []
+    for seed, own in found.items():
+        rest = [points for other, points in found.items() if other != seed]
+        others = {at: tuple(np.mean([points[at] for points in rest if at in points], 0))
+                  for at in own if any(at in points for points in rest)}
+        pairs.append((own, others or own))  # no seed besides, or none of these settings
+    return pairs
 
 
 def frontiers(runs, log_kls, values="gold/win_rate"):

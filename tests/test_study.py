@@ -331,6 +331,8 @@ def test_frontiers_choose_on_the_other_seeds():
     assert plots.best_within(runs, 1.9) == pytest.approx([1.0, 0.2])
     assert plots.best_within(runs, 9.0) == pytest.approx([2.0, (0.4 + 0.3) / 2])
     assert np.isnan(plots.best_within(runs, 0.5)).all()
+    runs[1]["beta"] = 0.5  # no setting in common: each seed chooses on itself
+    assert plots.frontiers(runs, np.log([2.0]))[:, 0] == pytest.approx([0.9, 0.5])
 
 
 def test_figures_from_stored_checkpoints(recorded, tmp_path):
