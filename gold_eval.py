@@ -31,19 +31,19 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-import transformers
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers import AttentionInterface, AutoModelForCausalLM, Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from reward import (
+    DEVICE,
     autocast,
-    check_lengths,
     fail,
     guard,
     load_labeller,
+    load_model,
     load_pairs,
     micro_batches,
     pack_pairs,
@@ -53,6 +53,7 @@ from reward import (
 )
 
 KL_PROMPTS = 256  # prompts for the KL, pairs for each accuracy (appendices D and E)
+LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 23)  # 256 MB; near CPU caches 32 MB
 
 
 def parse_args(argv=None):
@@ -76,7 +77,7 @@ def parse_args(argv=None):
         p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
         p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
         p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
-                       default=16384 if torch.cuda.is_available() else 1024)
+                       default=16384 if DEVICE.type == "cuda" else 1024)
         p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
         p.add_argument("--trust-remote-code", action="store_true",
                        help="run code that --model ships")
@@ -84,27 +85,25 @@ def parse_args(argv=None):
 
 
 # ---- sampling ------------------------------------------------------------------------------------
-
-
 def skip_padding(module, query, key, value, mask, **kwargs):
-    """Attention of one new token a row, in four parts of the batch, each without its own padding.
+    """Attention of one new token a row on CPU: in parts of the batch, each without its own padding.
 
     Decoding waits for keys and values to come from memory: what is not read costs nothing. Rows are
     left-padded and in order of length, so that the first part has most to leave out.
     """
-    if mask is None or query.shape[2] > 1 or len(query) * key.shape[2] < 1 << 12:  # nothing to gain
+    small = len(query) * key.shape[2] < 1 << 12  # nothing to gain
+    if small or query.shape[2] > 1 or query.is_cuda or mask is None or mask.dtype != torch.bool:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    first, parts = mask[:, 0, 0].byte().argmax(1).tolist(), []  # the first real slot of each row
-    size = max(16, -(-len(first) // 4))
-    for row in range(0, len(first), size):
-        at, slots = slice(row, row + size), slice(min(first[row:row + size]), None)
+    size, parts = max(16, -(-len(query) // 4)), []
+    for row in range(0, len(query), size):
+        at = slice(row, row + size)
+        slots = slice(int(mask[at, 0, 0].any(0).byte().argmax()), None)  # from the first real one
         parts.append(sdpa_attention_forward(module, query[at], key[at, :, slots],
                                             value[at, :, slots], mask[at, ..., slots], **kwargs)[0])
     return torch.cat(parts), None
 
 
-AttentionInterface.register("skip_padding", skip_padding)
-AttentionMaskInterface.register("skip_padding", sdpa_mask)
+AttentionInterface.register("sdpa", skip_padding)
 
 
 class SlotLayer(DynamicLayer):
@@ -121,10 +120,9 @@ class SlotLayer(DynamicLayer):
 
     def update(self, keys, values, *args, **kwargs):
         """Write the new (B, heads, 1, width) keys and values; return all so far, as views."""
-        end = self.get_mask_sizes(1)[0]
         for slots, new in zip(self.slots, (keys, values), strict=True):
             slots.index_copy_(2, self.used, new.to(slots.dtype))
-        self.keys, self.values = (slots[:, :, :end] for slots in self.slots)
+        self.keys, self.values = (x[:, :, :self.get_mask_sizes(1)[0]] for x in self.slots)
         return self.keys, self.values
 
     def get_seq_length(self):
@@ -137,52 +135,41 @@ class SlotLayer(DynamicLayer):
 @lru_cache
 def cache_argument(kind):
     """What a model class calls its KV cache: "cache" from transformers 5.24 on."""
-    known = inspect.signature(kind.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def next_logits(model, ids, real, places, cache):
     """Next-token logits (B, V) after ids (B, T) at `places`; real (B, slots) hides padding."""
     real = real[:, :cache.get_mask_sizes(ids.shape[1], 0)[0]]
-    attention = model.config._attn_implementation
-    if attention == "sdpa" and ids.device.type == "cpu":
-        model.config._attn_implementation = "skip_padding"
-    try:
-        return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
-                     logits_to_keep=1, **{cache_argument(type(model)): cache}).logits[:, -1]
-    finally:
-        model.config._attn_implementation = attention
+    return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
+                 logits_to_keep=1, **{cache_argument(type(model)): cache}).logits[:, -1]
 
 
 def prefill(model, prompts, per_prompt, room, tokens, static):
     """Compute each prompt once and repeat it for its samples, B = len(prompts) * per_prompt rows.
 
     Prompts, given in order of length, are computed in groups of little padding, at most `tokens` at
-    once, and written, left-padded to one width W, into a cache with `room` free slots behind. Under
-    autocast slots are of its dtype, to which attention casts keys and values anyway.
+    once, and written, left-padded to one width W, into a cache with `room` free slots behind.
     Returns (cache, used: W as a tensor, logits (B, V), real (B, W + room)).
     """
-    device, width, layers, logits = model.device, len(prompts[-1]), [], []
-    dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
-             else model.dtype)
-    used = torch.tensor(width, device=device)
-    real = torch.zeros(len(prompts) * per_prompt, width + room, dtype=torch.long, device=device)
+    end, layers, logits = len(prompts[-1]), [], []
+    used = torch.tensor(end, device=model.device)
+    real = torch.tensor([[0] * (end - len(x)) + [1] * len(x) + [0] * room for x in prompts])
+    real = real.to(model.device).repeat_interleave(per_prompt, 0)
     for group in micro_batches([[x] for x in prompts], tokens):
-        pad = [len(prompts[group[-1]]) - len(prompts[i]) for i in group]
-        ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(pad, group, strict=True)])
-        mask = torch.tensor([[0] * n + [1] * len(prompts[i])
-                             for n, i in zip(pad, group, strict=True)]).to(device)
-        cache, places = Cache(layer_class_to_replicate=DynamicLayer), (mask.cumsum(1) - 1).clamp(0)
-        logits.append(next_logits(model, ids.to(device), mask, places, cache))
+        width, cache = len(prompts[group[-1]]), Cache(layer_class_to_replicate=DynamicLayer)
+        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in group])
         rows = slice(group[0] * per_prompt, (group[-1] + 1) * per_prompt)
-        start = width - ids.shape[1]
-        real[rows, start:width] = mask.repeat_interleave(per_prompt, 0)
-        layers = layers or [SlotLayer([
-            x.new_zeros(len(real), x.shape[1], width + room, x.shape[3], dtype=dtype)
-            for x in (part.keys, part.values)], used, static) for part in cache.layers]
-        for layer, part in zip(layers, cache.layers, strict=True):
-            for slots, new in zip(layer.slots, (part.keys, part.values), strict=True):
-                slots[rows, :, start:width] = new.repeat_interleave(per_prompt, 0)
+        mask = real[rows][::per_prompt, end - width:end]
+        places = (mask.cumsum(1) - 1).clamp(0)
+        logits.append(next_logits(model, ids.to(model.device), mask, places, cache))
+        for i, part in enumerate(cache.layers):
+            if len(layers) == i:  # values are of the dtype that attention reads, also in autocast
+                layers.append(SlotLayer([part.values.new_zeros(
+                    len(real), x.shape[1], real.shape[1], x.shape[3])
+                    for x in (part.keys, part.values)], used, static))
+            for slots, new in zip(layers[i].slots, (part.keys, part.values), strict=True):
+                slots[rows, :, end - width:end] = new.repeat_interleave(per_prompt, 0)
     return Cache(layers=layers), used, torch.cat(logits).repeat_interleave(per_prompt, 0), real
 
 
@@ -211,11 +198,7 @@ def decoder(model, ids, real, places, cache):
         print(f"decoding without CUDA graphs, which this model does not take: {str(e)[:80]}")
         model.no_graph = True
         return step
-
-    def replay():
-        graph.replay()
-        return logits
-    return replay
+    return lambda: graph.replay() or logits
 
 
 def pick_tokens(logits, noise):
@@ -237,14 +220,13 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
            greedy=False, static=None):
     """Sample `per_prompt` responses to each prompt at temperature 1, as lists of token ids.
 
-    Returns len(prompts) * per_prompt lists, those of one prompt side by side; each ends with one of
-    the ids `ends` unless it reached `max_tokens`. Ids from `known` on, which pad the head and which
-    no tokenizer has, are never drawn. A prompt is prefilled once for all its samples. Left-padded
-    prompts of not too unequal lengths go together: at most `tokens` are computed at once, and their
-    KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an eighth of what
-    training keeps of it), 32 times elsewhere. Rows that have ended leave the batch: at once, or,
-    with `static` shapes (on CUDA), when they are half of it. The noise of every (row, position) is
-    drawn beforehand, so that neither the grouping nor the leaving changes what a row draws.
+    Those of one prompt stand side by side; each ends with one of the ids `ends` unless it reached
+    `max_tokens`. Ids from `known` on, which pad the head and no tokenizer has, are never drawn.
+    Left-padded prompts of not too unequal lengths go together: at most `tokens` are computed at
+    once, and their KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an
+    eighth of what training keeps of it), 32 times elsewhere. Rows that have ended leave the batch:
+    at once, or, with `static` shapes (on CUDA), when they are half of it. The noise of every (row,
+    position) is drawn beforehand: neither the grouping nor the leaving changes what a row draws.
     """
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
@@ -255,10 +237,11 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     for group in micro_batches([[x] for x in prompts], slots // per_prompt, max_tokens, 0.7):
         cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
                                             max_tokens, tokens, static)
-        rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)])
-        rows, alive = rows.to(device), torch.ones(len(rows), dtype=torch.bool, device=device)
-        places = real[:, :used].sum(1, keepdim=True)  # of the first new token
-        ids, step = torch.empty_like(places), None
+        rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
+                            device=device)
+        alive, step = torch.ones_like(rows, dtype=torch.bool), None
+        places = real.sum(1, keepdim=True)  # of the first new token
+        ids = torch.empty_like(places)
         for t in range(max_tokens):
             logits = logits[:, :known]
             new = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
@@ -269,12 +252,11 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
             if left == 0 or t + 1 == max_tokens:
                 break
             if left <= (len(rows) // 2 if static else len(rows) - 1):
-                cut = len(rows) - left
-                gaps = cut + (~alive[cut:]).nonzero().squeeze(1)
-                short = alive[:cut].nonzero().squeeze(1)
+                cut = len(rows) - left  # the shortest rows move into the gaps of those that ended
+                gaps, short = cut + (~alive[cut:]).nonzero()[:, 0], alive[:cut].nonzero()[:, 0]
                 for x in (rows, alive, ids, real, places, *(
                         x for layer in cache.layers for x in layer.slots)):
-                    x[gaps] = x[short]  # the shortest rows move into the gaps of those that ended
+                    x[gaps] = x[short]
                 rows, alive, ids, real, places = (x[cut:] for x in (
                     rows, alive, ids, real, places))
                 for layer in cache.layers:
@@ -289,11 +271,6 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
 
 
 # ---- log-probs and KL ----------------------------------------------------------------------------
-
-# Logits of one chunk, whatever the vocabulary: 32 MB on CPU (near the caches), 256 MB on CUDA.
-LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 23)
-
-
 def pair_logps(model, pairs):
     """Summed response log-probs of B pairs as (2, B), chosen first; one shared row a pair.
 
@@ -315,28 +292,17 @@ def pair_logps(model, pairs):
     return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
 
 
-def plain_logits(model, rows):
-    """Logits of R (prompt, response) rows the plain way: one row each, no mask tricks, no chunks.
-
-    Prompts are padded on the left, responses on the right, to K tokens. Returns (logits (R, K, V)
-    in fp32, as the model gives them; targets (R, K); real (R, K), 0 where a target is padding).
-    """
-    start, width = (max(len(row[side]) for row in rows) for side in (0, 1))
-    ids = torch.tensor([[0] * (start - len(x)) + x + y + [0] * (width - len(y)) for x, y in rows])
-    real = torch.tensor([[0] * (start - len(x)) + [1] * (len(x) + len(y)) + [0] * (width - len(y))
-                         for x, y in rows])
-    ids, real = ids.to(model.device), real.to(model.device)
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=width + 1,
-                   position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits
-    return logits[:, :-1].float(), ids[:, start:], real[:, start:]
-
-
 def plain_logps(model, pairs):
-    """The same as `pair_logps` from `plain_logits`: two rows a pair."""
-    logits, targets, real = plain_logits(
-        model, [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs])
-    logps = logits.log_softmax(-1).gather(2, targets[:, :, None]).squeeze(2)
-    return (logps * real).sum(1).view(2, -1)
+    """The same as `pair_logps` the plain way: one row a response, no mask tricks, no chunks."""
+    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
+    labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
+    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
+    logits = model(input_ids=ids, use_cache=False,
+                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
+    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
+                           reduction="none")  # 0 where a label is -100
+    return -nlls.view(2, len(pairs), -1).sum(-1)
 
 
 @torch.no_grad()
@@ -346,44 +312,28 @@ def choose_logps(model, pairs):
     fp32 rounds the log-prob of a token, at 50,000 tokens of vocabulary, by up to 1e-5 nats and 1e-5
     of itself: ten times that is let pass. A mask that is not taken shows in whole nats.
     """
-    pairs = [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]  # a window would show
-    gap = 0.0
-    try:
-        for pair in pairs:
-            plain, lengths = plain_logps(model, [pair]), torch.tensor([[len(y)] for y in pair[1:]])
-            off = (pair_logps(model, [pair]) - plain).abs() / (plain.abs() + lengths.to(plain))
-            gap = max(gap, off.max().item())
-    except torch.OutOfMemoryError:
-        raise
+    def gap(pair):
+        plain, tokens = plain_logps(model, [pair]), [[len(response)] for response in pair[1:]]
+        return ((pair_logps(model, [pair]) - plain).abs()
+                / (plain.abs() + torch.tensor(tokens).to(plain))).max().item()
+
+    try:  # the longest is among them: a window would show
+        found = max(map(gap, [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]))
+        if found < 1e-4:
+            return pair_logps
     except Exception as e:  # the model takes no such mask
-        gap = type(e).__name__
-    if isinstance(gap, float) and gap < 1e-4:
-        return pair_logps
-    print(f"this model does not take one row a pair (gap {gap}): using plain rows")
+        found = type(e).__name__
+    print(f"this model does not take one row a pair (gap {found}): using plain rows")
     return plain_logps
 
 
-def load_policy(name, trust_remote_code, device):
-    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub."""
-    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code)
-    except Exception as e:  # many kinds; each means that this model is not to be had
-        fail(f"cannot load a model from {name}: {str(e).strip().splitlines()[0][:200]}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        known = len(tokenizer)
-    except Exception:
-        known = 0
-    if known < 2:
-        fail(f"{name} has no tokenizer; save one beside the model (tokenizer.save_pretrained)")
-    if known > model.get_input_embeddings().num_embeddings:
-        fail(f"{name}: the tokenizer has {known} tokens, the model embeds only "
-             f"{model.get_input_embeddings().num_embeddings}")
-    if tokenizer.eos_token_id is None:
-        fail(f"{name}: the tokenizer has no EOS token; set tokenizer.eos_token and save it")
-    return model.to(device).eval(), tokenizer
+@torch.no_grad()
+def batch_logps(model, logps_of, pairs, tokens):
+    """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
+    logps = torch.zeros(2, len(pairs))
+    for rows in micro_batches(pairs, tokens):
+        logps[:, rows] = logps_of(model, [pairs[i] for i in rows]).cpu()
+    return logps
 
 
 @torch.no_grad()
@@ -395,19 +345,22 @@ def response_kl(policy, reference, rows, tokens):
     the models themselves, in fp32: in bf16 a KL of .00004 nats read .067 at 39 tokens.
     """
     kls, vocabulary = torch.zeros(len(rows)), policy.get_output_embeddings().weight.shape[0]
-    at_once = min(tokens, 2 * LOGITS_AT_ONCE // vocabulary)  # of prompts and responses together
-    for group in micro_batches(rows, at_once):
+    for group in micro_batches(rows, min(tokens, 2 * LOGITS_AT_ONCE // vocabulary)):
+        some = [rows[i] for i in group]
+        first = min(len(prompt) for prompt, _ in some)  # no logits where all rows are prompt
+        ids, real = (pad_sequence(x, True).to(policy.device) for x in (
+            [torch.tensor(x + y) for x, y in some],
+            [torch.tensor([0] * len(x) + [1] * len(y)) for x, y in some]))
         with torch.autocast(policy.device.type, enabled=False):
-            (logits, _, real), (ref_logits, _, _) = (
-                plain_logits(model, [rows[i] for i in group]) for model in (policy, reference))
-        logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-        kls[group] = ((logp.exp() * (logp - ref_logp)).sum(-1) * real).sum(1).cpu()
+            logp, ref_logp = (
+                model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first + 1)
+                .logits[:, :-1].float().log_softmax(-1) for model in (policy, reference))
+        kl = (logp.exp() * (logp - ref_logp)).sum(-1)  # (rows, positions)
+        kls[group] = (kl * real[:, first:]).sum(1).cpu()
     return kls
 
 
 # ---- the judge -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Judge:
     """What stays fixed while policies are judged: made once a run by `load_judge`."""
@@ -426,16 +379,6 @@ class Judge:
     seed: int
 
 
-@torch.no_grad()
-def batch_logps(model, logps_of, pairs, tokens):
-    """(2, B) summed log-probs of any number of pairs, chosen first; in fp32, as the KL."""
-    logps = torch.zeros(2, len(pairs))
-    for rows in micro_batches(pairs, tokens):
-        with torch.autocast(model.device.type, enabled=False):
-            logps[:, rows] = logps_of(model, [pairs[i] for i in rows]).cpu()
-    return logps
-
-
 def load_judge(args, data, reference, tokenizer, logps_of=None):
     """Read --gold, --baseline and the pairs of `data`; `reference` must not change from here on.
 
@@ -444,28 +387,29 @@ def load_judge(args, data, reference, tokenizer, logps_of=None):
     """
     if not args.baseline:
         fail("--gold needs --baseline, a file of responses (gold_eval.py sample)")
-    rows = list(read_jsonl(args.baseline))
     limits = {"prompt_ids": args.max_prompt_tokens, "response_ids": args.max_response_tokens}
+    rows, known = list(read_jsonl(args.baseline)), range(len(tokenizer))
     for where, row in rows:
         for key, limit in limits.items():
             ids = row.get(key)
             if not (isinstance(ids, list) and 0 < len(ids) <= limit and all(
-                    type(i) is int and 0 <= i < len(tokenizer) for i in ids)):
-                fail(f"{where}: {key} must be 1 to {limit} tokens that the "
-                     "tokenizer has; write the file with `gold_eval.py sample`")
+                    type(i) is int and i in known for i in ids)):
+                fail(f"{where}: {key} must be 1 to {limit} tokens that the tokenizer has; write "
+                     "the file with `gold_eval.py sample`")
     if not rows:
         fail(f"{args.baseline}: no responses in it")
-    gold = load_labeller(args.gold, tokenizer, reference.device, args.trust_remote_code)
+    gold = load_labeller(args.gold, tokenizer, args)
     pairs = load_pairs(data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:KL_PROMPTS]
     pairs = [pairs[i] for i in pick.tolist()]
     logps_of = logps_of or choose_logps(reference, pairs)
     ref_logps = batch_logps(reference, logps_of, pairs, args.tokens_per_microbatch)
-    judge = Judge(gold, reference, logps_of, tokenizer, end_ids(reference, tokenizer),
-                  [row["prompt_ids"] for _, row in rows], [row["response_ids"] for _, row in rows],
-                  pairs, ref_logps, args.max_response_tokens, args.tokens_per_microbatch, args.seed)
+    prompts, baseline = ([row[key] for _, row in rows] for key in limits)
+    judge = Judge(gold, reference, logps_of, tokenizer, end_ids(reference, tokenizer), prompts,
+                  baseline, pairs, ref_logps, args.max_response_tokens, args.tokens_per_microbatch,
+                  args.seed)
     few, began = min(8, len(rows)), time.perf_counter()
-    evaluate(reference, replace(judge, prompts=judge.prompts[:few], baseline=judge.baseline[:few],
+    evaluate(reference, replace(judge, prompts=prompts[:few], baseline=baseline[:few],
                                 pairs=pairs[:few], ref_logps=ref_logps[:, :few]))
     minutes = (time.perf_counter() - began) / 60 * len(rows) / few
     print(f"an evaluation is of {len(rows):,} prompts: up to {minutes:.1f} minutes here")
@@ -485,7 +429,7 @@ def evaluate(policy, judge):
     draw = partial(sample, policy, max_tokens=judge.max_tokens, ends=judge.ends,
                    generator=generator, known=len(judge.tokenizer), tokens=judge.tokens)
     twice = judge.prompts[:KL_PROMPTS]
-    with autocast(policy.device):  # around all steps, so that the weights are cast once
+    with autocast():  # around all steps, so that the weights are cast once
         two = draw(twice, 2)  # two responses each, for the self-classification
         responses = two[::2] + draw(judge.prompts[KL_PROMPTS:], 1)
 
@@ -516,10 +460,24 @@ def evaluate(policy, judge):
     return metrics, samples
 
 
+def evaluate_run(policy, judge, out, step):
+    """The metrics of `evaluate` during training; samples go to samples.jsonl of the run folder."""
+    metrics, samples = evaluate(policy, judge)
+    with open(f"{out}/samples.jsonl", "a", encoding="utf-8") as f:
+        f.writelines(json.dumps({"step": step, **s}, ensure_ascii=False) + "\n" for s in samples)
+    return metrics
+
+
 # ---- command line --------------------------------------------------------------------------------
+def load_other(name, tokenizer, args):
+    """Load a policy that is compared with another one: it must have the same tokenizer."""
+    model, own = load_model(AutoModelForCausalLM, name, args)
+    if own.get_vocab() != tokenizer.get_vocab():
+        fail(f"{name} has another tokenizer than {args.model}")
+    return model
 
 
-def write_samples(args, policy, tokenizer, device):
+def write_samples(args, policy, tokenizer):
     """Responses to the first distinct prompts of --data, or golden-labelled pairs of two."""
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     prompts = [tuple(p) for p, _, _ in pairs]
@@ -527,7 +485,7 @@ def write_samples(args, policy, tokenizer, device):
     generator = torch.Generator().manual_seed(args.seed)
 
     def draw(model):
-        with autocast(device):
+        with autocast():
             return sample(model, prompts, 1, args.max_response_tokens, end_ids(model, tokenizer),
                           generator, len(tokenizer), args.tokens_per_microbatch)
 
@@ -538,10 +496,7 @@ def write_samples(args, policy, tokenizer, device):
                 for p, r in zip(prompts, responses, strict=True)]
     if not args.gold:
         fail("--other needs --gold, which labels the pairs")
-    other, own = load_policy(args.other, args.trust_remote_code, device)
-    gold = load_labeller(args.gold, tokenizer, device, args.trust_remote_code)
-    if own.get_vocab() != tokenizer.get_vocab():
-        fail(f"{args.other} has another tokenizer than {args.model}")
+    other, gold = load_other(args.other, tokenizer, args), load_labeller(args.gold, tokenizer, args)
     pairs = list(zip(prompts, responses, draw(other), strict=True))
     margins = prefer(gold, pairs, args.tokens_per_microbatch).tolist()
     print(f"{args.model} is preferred to {args.other} on {sum(m > 0 for m in margins):,} of "
@@ -550,9 +505,9 @@ def write_samples(args, policy, tokenizer, device):
             for (p, a, b), m in zip(pairs, margins, strict=True)]
 
 
-def follow_stream(args, policy, tokenizer, reference, device):
+def follow_stream(args, policy, tokenizer, reference):
     """Agreement with the golden model in ten parts of a stream: of its labeller, of the policy."""
-    gold, rows = load_labeller(args.gold, tokenizer, device, args.trust_remote_code), []
+    gold, rows = load_labeller(args.gold, tokenizer, args), []
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     logps_of = choose_logps(reference, pairs)
     for part in range(10):
@@ -571,21 +526,15 @@ def follow_stream(args, policy, tokenizer, reference, device):
 
 
 def main(args):
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if os.path.exists(args.out):
         fail(f"{args.out} exists; choose another --out, or remove it")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy, tokenizer = load_policy(args.model, args.trust_remote_code, device)
-    check_lengths(policy, args)
+    policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     if args.command == "sample":
-        rows = write_samples(args, policy, tokenizer, device)
+        rows = write_samples(args, policy, tokenizer)
     else:
-        reference, own = load_policy(args.reference, args.trust_remote_code, device)
-        if own.get_vocab() != tokenizer.get_vocab():
-            fail(f"{args.reference} has another tokenizer than {args.model}")
+        reference = load_other(args.reference, tokenizer, args)
         if args.command == "classify":
-            rows = follow_stream(args, policy, tokenizer, reference, device)
+            rows = follow_stream(args, policy, tokenizer, reference)
         else:
             metrics, samples = evaluate(policy, load_judge(args, args.data, reference, tokenizer))
             rows = [metrics]

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import islice
 
 import torch
@@ -32,6 +33,10 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere
+autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
 
 
 def parse_args(argv=None):
@@ -63,16 +68,16 @@ def parse_args(argv=None):
         p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
         p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
         p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
-                       default=16384 if torch.cuda.is_available() else 1024)
+                       default=16384 if DEVICE.type == "cuda" else 1024)
         p.add_argument("--trust-remote-code", action="store_true",
                        help="run code that --model ships")
     return parser.parse_args(argv)
 
 
-def fail(message):
-    """Print one line on stderr and exit with status 2: the user's input is at fault."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message, status=2):
+    """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(status)
 
 
 def guard(main, args):
@@ -84,32 +89,27 @@ def guard(main, args):
     try:
         main(args)
     except KeyboardInterrupt:  # before the first step; from there on signals are caught
-        print("interrupted; what was saved before is whole", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (RuntimeError, MemoryError) as e:  # on CPU torch says "can't allocate memory"
-        kinds = torch.OutOfMemoryError, MemoryError
-        if not isinstance(e, kinds) and "allocate memory" not in str(e):
-            raise
-        fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+        fail("interrupted; what was saved before is whole", 130)
     except (OSError, SafetensorError) as e:  # a full disk, say
         fail(f"{getattr(e, 'filename', None) or args.out}: {e}; what was saved before is whole")
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
+            fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+        raise
 
 
+# ---- data ----------------------------------------------------------------------------------------
 def read_jsonl(path):
     """Yield ("path:line", object) of a .jsonl or .jsonl.gz file; what is malformed is an error."""
-    number = 0
+    where = path
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
+                where = f"{path}:{number}"
                 if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"not a JSON object: {line.strip()[:40]!r}")
-                    yield f"{path}:{number}", row
-    except OSError as e:
-        fail(f"cannot read {path}: {e.strerror or e}")
-    except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
-        fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
+                    yield where, dict(json.loads(line))
+    except (OSError, EOFError, ValueError, TypeError) as e:  # no file, cut gzip, not JSON
+        fail(f"cannot read {where}: {e}")
 
 
 def chat_text(tokenizer, messages, **options):
@@ -130,45 +130,35 @@ def turn_end(tokenizer):
     return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
 
 
-def read_pairs(path, tokenizer, max_prompt, max_response):
-    """Yield a file's pairs: (prompt, chosen, rejected, what ends a response), or a stream's ids.
+def read_pairs(path, tokenizer, *limits):
+    """Yield each row's (prompt, chosen, rejected) and the id of the token that ends its responses.
 
-    The first three are text, the last an id: the end of a turn where the prompt is a list of
-    messages, else EOS. What is malformed is an error.
+    The three are texts, or in a stream token ids, which end as they are (None). A prompt that is a
+    list of messages is answered up to the end of a turn, a text up to EOS.
     """
-    turn = turn_end(tokenizer)
+    turn, known = turn_end(tokenizer), range(len(tokenizer))
     for where, row in read_jsonl(path):
         try:
             if "prompt_ids" in row:
-                ids = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
-                if not all(side and all(type(i) is int and 0 <= i < len(tokenizer) for i in side)
-                           for side in ids):
-                    fail(f"{where}: ids must be lists of tokens that the tokenizer has")
-                prompt, *responses = map(len, ids)
-                if prompt > max_prompt or max(responses) > max_response:
-                    fail(f"{where}: {prompt} + {max(responses)} ids exceed --max-prompt-tokens or "
-                         "--max-response-tokens; a stream is never cut, so raise them")
-                yield ids
-                continue
-            prompt, end = row["prompt"], tokenizer.eos_token_id
-            if not isinstance(prompt, str):
-                if not tokenizer.chat_template:
-                    fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat "
-                         "template; use a chat model, or write text (tasks.py --text)")
-                if not all(isinstance(m[key], str) for m in prompt for key in ("role", "content")):
-                    raise TypeError("a message has a role and a content")
-                prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
-            texts = prompt, *(side if isinstance(side, str) else side[-1]["content"]
-                              for side in (row["chosen"], row["rejected"]))
-            "".join(texts).encode()
+                pair, end = [row[f"{key}_ids"] for key in ("prompt", "chosen", "rejected")], None
+                if not all(0 < len(ids) <= limit and all(type(i) is int and i in known for i in ids)
+                           for ids, limit in zip(pair, limits, strict=True)):
+                    raise ValueError("ids must be the tokenizer's, and at most --max-prompt-tokens "
+                                     "and --max-response-tokens: a stream is never cut")
+            else:
+                prompt, end = row["prompt"], tokenizer.eos_token_id
+                pair = [prompt, *(x if isinstance(x, str) else x[-1]["content"]
+                                  for x in (row["chosen"], row["rejected"]))]
+                if not isinstance(prompt, str):
+                    "".join(m[key] for m in prompt for key in ("role", "content"))  # no null
+                    pair[0], end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
+                "".join(pair).encode()  # neither null nor half a surrogate pair
         except KeyError as key:
             fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
-        except UnicodeEncodeError:
-            fail(f"{where}: text with half a surrogate pair, which has no UTF-8; mend the row")
         except Exception as e:  # chat templates raise what they like: an unknown role, say
-            fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages that "
-                 f"the chat template takes ({e})")
-        yield *texts, end
+            fail(f"{where}: {e}; prompt, chosen and rejected must be texts (tasks.py --text), or "
+                 "messages that the chat template takes")
+        yield pair, end
 
 
 def load_pairs(path, tokenizer, max_prompt, max_response):
@@ -181,29 +171,22 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
     bos, eos, turn = tokenizer.bos_token_id, tokenizer.eos_token_id, turn_end(tokenizer)
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
     shared = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
-    pairs, cut_prompts, cut_responses, kinds = [], 0, 0, set()
-    rows = read_pairs(path, tokenizer, max_prompt, max_response)
+    pairs, cut_prompts, cut_responses = [], 0, 0
+    rows = read_pairs(path, tokenizer, max_prompt, max_response, max_response)
     while some := list(islice(rows, 4096)):  # of more rows than these no text is held
-        kinds.update(map(len, some))
-        if kinds == {3}:  # a stream
-            pairs += [tuple([shared[i] for i in side] for side in pair) for pair in some]
-            continue
-        if len(kinds) > 1:
-            fail(f"{path}: text pairs and token ids are mixed")
-        ids = tokenizer([text for *texts, _ in some for text in texts],
-                        add_special_tokens=False).input_ids
-        for i, (*_, end) in enumerate(some):
-            prompt, *responses = ids[3 * i:3 * i + 3]
-            start = [bos] if adds_bos or prompt[:1] == [bos] else []
-            prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
-            room = max_prompt - len(start)
-            cut_prompts += len(prompt) > room
-            prompt = [shared[i] for i in start + prompt[max(len(prompt) - room, 0):]]
-            responses = [[shared[i] for i in response if i != eos and i != turn] + [end]
-                         for response in responses]
-            cut_responses += sum(len(response) > max_response for response in responses)
-            pairs.append((prompt or [eos],  # something must come first
-                          *(response[:max_response] for response in responses)))
+        texts = [text for pair, end in some if end is not None for text in pair]
+        encoded = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+        for pair, end in some:
+            if end is not None:
+                prompt, *responses = islice(encoded, 3)
+                prompt = [bos, *prompt] if adds_bos and prompt[:1] != [bos] else prompt
+                over, kept = max(len(prompt) - max_prompt, 0), int(prompt[:1] == [bos])
+                prompt = prompt[:kept] + prompt[kept + over:] or [eos]  # to predict from something
+                responses = [[i for i in ids if i not in (eos, turn)] + [end] for ids in responses]
+                cut_prompts += over > 0
+                cut_responses += sum(len(ids) > max_response for ids in responses)
+                pair = prompt, *(ids[:max_response] for ids in responses)
+            pairs.append(tuple([shared[i] for i in ids] for ids in pair))
     if not pairs:
         fail(f"{path}: no pairs in it")
     print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
@@ -216,13 +199,11 @@ def make_batches(steps, batch_size, rows, shuffle_window, seed):
 
     Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps the order.
     """
-    window = 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
-    order = []
+    order, window = [], 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
     for epoch in range(-(-steps * batch_size // rows)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        for start in range(0, rows, window):
-            size = min(window, rows - start)
-            order += [start + i for i in torch.randperm(size, generator=generator).tolist()]
+        order += [start + i for start in range(0, rows, window)
+                  for i in torch.randperm(min(window, rows - start), generator=generator).tolist()]
     return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
@@ -233,14 +214,14 @@ def micro_batches(rows, tokens, extra=0, padding=0.2):
     of similar lengths: at most `tokens` in all when padded, at most a share `padding` of it.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
-    groups, group, real = [], [], 0
+    groups, real = [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
-        padded, real = (len(group) + 1) * lengths[i], real + lengths[i]
-        if group and padded > min(tokens, real / (1 - padding)):
-            groups.append(group)
-            group, real = [], lengths[i]
-        group.append(i)
-    return [*groups, group] if group else []
+        real += lengths[i]
+        if not groups or (len(groups[-1]) + 1) * lengths[i] > min(tokens, real / (1 - padding)):
+            groups.append([])
+            real = lengths[i]
+        groups[-1].append(i)
+    return groups
 
 
 def pack_pairs(pairs, device):
@@ -255,11 +236,8 @@ def pack_pairs(pairs, device):
     Returns (ids (B, T), positions (B, T), segments (B, T), visible (B, 1, T, T),
     sources, targets, owners (N,)): source is an index into B*T, owner into 2*B, chosen first.
     """
-    rows = []
-    for prompt, chosen, rejected in pairs:
-        p, c, r = len(prompt), len(chosen), len(rejected)
-        rows.append(torch.tensor([prompt + chosen + rejected, [*range(p + c), *range(p, p + r)],
-                                  [1] * p + [2] * c + [3] * r]).T)
+    rows = [torch.tensor([x + c + r, [*range(len(x + c)), *range(len(x), len(x + r))],
+                          [1] * len(x) + [2] * len(c) + [3] * len(r)]).T for x, c, r in pairs]
     ids, positions, segments = pad_sequence(rows, batch_first=True).unbind(-1)  # each (B, T)
     query, key = segments[:, None, :, None], segments[:, None, None, :]
     causal = torch.ones(2 * ids.shape[1:], dtype=torch.bool).tril()
@@ -273,17 +251,30 @@ def pack_pairs(pairs, device):
         ids, positions, segments, visible, sources, ids[row, column], owners)]
 
 
-def check_lengths(model, args):
-    """Refuse lengths that the model's positions cannot hold."""
-    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    if args.max_prompt_tokens + args.max_response_tokens > limit:
-        fail(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-response-tokens "
-             f"{args.max_response_tokens} exceed the model's {limit} positions; lower one")
+# ---- training ------------------------------------------------------------------------------------
+def load_model(kind, name, args, **options):
+    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub.
 
-
-def autocast(device):
-    """bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    `kind` is the class of transformers to load it by, `options` are for its from_pretrained.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
+    remote = {"trust_remote_code": args.trust_remote_code}
+    try:
+        model = kind.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, **remote, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+    except Exception as e:  # many kinds; each means that this model is not to be had
+        fail(f"cannot load a model and its tokenizer from {name}: {str(e)[:200]}")
+    known, embedded = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if tokenizer.eos_token_id is None or not 1 < known <= embedded:
+        fail(f"{name}: its tokenizer has {known} tokens, EOS {tokenizer.eos_token}; needed are an "
+             f"EOS and at most the {embedded} tokens that the model embeds")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
+        fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
+    return model.to(DEVICE).eval(), tokenizer
 
 
 def optimizer_step(model, optimizer, lr, what):
@@ -292,42 +283,35 @@ def optimizer_step(model, optimizer, lr, what):
     if not torch.isfinite(grad_norm):
         fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
              "checkpoint were touched. Look at those rows, or start again with a lower --lr")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return grad_norm.item()
 
 
 def open_run(args):
     """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
+    given = {"script": os.path.basename(__file__), **vars(args)}
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
-    if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
+    if not os.path.exists(f"{args.out}/metrics.jsonl"):
+        os.makedirs(args.out, exist_ok=True)
+        here, cuda = os.path.dirname(os.path.abspath(__file__)), DEVICE.type == "cuda"
+        with open(f"{args.out}/args.json", "w") as f:
+            json.dump(given | {"commit": subprocess.getoutput(f'git -C "{here}" rev-parse HEAD'),
+                               "torch": torch.__version__, "transformers": transformers.__version__,
+                               "device": torch.cuda.get_device_name() if cuda else "cpu"}, f)
+    elif not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
-    record = {"script": os.path.basename(__file__), **vars(args)}
-    if os.path.exists(f"{args.out}/metrics.jsonl"):
-        (_, started), = read_jsonl(f"{args.out}/args.json")
-        free = {"resume", "out", "save_every", "tokens_per_microbatch"}
-        changed = [k for k, v in record.items() if k not in free and started.get(k) != v]
-        if changed:
-            fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
-    os.makedirs(args.out, exist_ok=True)
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
-    record |= {"commit": commit, "torch": torch.__version__,
-               "transformers": transformers.__version__,
-               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    with open(f"{args.out}/args.json.tmp", "w") as f:
-        f.write(json.dumps(record) + "\n")
-    os.replace(f"{args.out}/args.json.tmp", f"{args.out}/args.json")
+    (_, started), = read_jsonl(f"{args.out}/args.json")
+    free = {"resume", "out", "save_every", "tokens_per_microbatch"}
+    changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
+    if changed:
+        fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
 
 
-def training_state(model, optimizer):
-    """All that a checkpoint holds, by name, in memory shared with the model and the optimizer.
+def load_checkpoint(path, model, optimizer):
+    """All that a checkpoint holds, by name, in memory shared with model and optimizer, as saved.
 
     Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
     """
@@ -337,18 +321,6 @@ def training_state(model, optimizer):
                    "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         optimizer.state[weight] = moments
         state |= {f"{k}.{name}": x for k, x in {"weight": weight.detach(), **moments}.items()}
-    return state
-
-
-def save_checkpoint(path, state, done):
-    """Write a training state after `done` steps to one safetensors file, swapped in whole."""
-    state["done"].fill_(done)
-    save_file(state, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def load_checkpoint(path, state):
-    """Copy into a training state what was saved, if anything; returns the steps done so far."""
     try:
         if os.path.exists(path):
             with safe_open(path, "pt") as f:
@@ -356,79 +328,41 @@ def load_checkpoint(path, state):
                     tensor.copy_(f.get_tensor(name))
     except (SafetensorError, RuntimeError) as e:
         fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
-    return int(state["done"])
+    return state
 
 
 def cut_jsonl(path, step):
     """Cut a file of {"step": ...} rows after `step`: a killed run wrote more than it saved."""
-    kept = []
+    size = 0
     with open(path, "ab+") as f:  # makes an empty one at the first start
         f.seek(0)
-        try:
-            for line in f:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-                kept.append(len(line))
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path}:{len(kept) + 1}: malformed line; mend it, or remove the run folder")
-    os.truncate(path, sum(kept))
-
-
-def append_jsonl(path, rows):
-    """Append rows to a JSON-lines file."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def save_final(model, tokenizer, out):
-    """Write final/, whole or not at all, and drop the checkpoint."""
-    model.save_pretrained(f"{out}/final.tmp")
-    tokenizer.save_pretrained(f"{out}/final.tmp")
-    os.replace(f"{out}/final.tmp", f"{out}/final")
-    if os.path.exists(f"{out}/checkpoint.safetensors"):
-        os.remove(f"{out}/checkpoint.safetensors")
-
-
-def catch_signals():
-    """After SIGINT or SIGTERM the returned list is not empty: save and stop at the step's end."""
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: caught.append(number))
-    return caught
+        for number, line in enumerate(f, 1):
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    size += len(line)
+            except (ValueError, KeyError, TypeError):
+                fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
+    os.truncate(path, size)
 
 
 # ---- the preference model ------------------------------------------------------------------------
-
-
-def load_preference_model(name, device, trust_remote_code=False, kind=None):
+def load_preference_model(name, args, kind=None):
     """Load (preference model in fp32, tokenizer); `kind` starts one from a language model.
 
     A saved one is a transformers sequence classifier with one label; its config holds the kind.
     """
-    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=torch.float32, use_safetensors=True,
-            trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as e:  # many kinds; each means that this model is not to be had
-        fail(f"cannot load a model from {name}: {str(e).strip().splitlines()[0][:200]}")
-    if len(tokenizer) < 2 or tokenizer.eos_token_id is None:
-        fail(f"{name} has no tokenizer with an EOS token; save one beside the model")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        fail(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model embeds only "
-             f"{model.get_input_embeddings().num_embeddings}")
+    model, tokenizer = load_model(AutoModelForSequenceClassification, name, args, num_labels=1)
     if kind:
         model.config.preference_kind = kind
         torch.nn.init.zeros_(model.score.weight)  # r = 1/2 before the first step
     elif not hasattr(model.config, "preference_kind"):
         fail(f"{name} is not a preference model; make one with `reward.py train`")
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 
-def load_labeller(name, tokenizer, device, trust_remote_code):
+def load_labeller(name, tokenizer, args):
     """Load a trained preference model that reads a policy's token ids as they are."""
-    model, own = load_preference_model(name, device, trust_remote_code)
+    model, own = load_preference_model(name, args)
     if own.get_vocab() != tokenizer.get_vocab():
         fail(f"{name} has another tokenizer than the policy; token ids go to it as they are, so "
              "train it from a model of the same family")
@@ -441,10 +375,10 @@ def halve(model):
     The same bits come out at half the memory, with no fp32 weight beside its copy. What the
     embeddings share stays as it is.
     """
-    device, embedding = model.device.type, model.get_input_embeddings().weight
-    with autocast(model.device):
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    for module in model.modules() if dtype else ():
+    embedding, one = model.get_input_embeddings().weight, torch.ones(1, 1, device=model.device)
+    with autocast():
+        dtype = (one @ one).dtype
+    for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
             module.to(dtype)
     return model.requires_grad_(False)
@@ -481,7 +415,7 @@ def prefer(model, pairs, tokens=8192):
     margins = torch.zeros(len(pairs), dtype=torch.float64)
     for rows in micro_batches(pairs, tokens):
         batch = [pairs[i] for i in rows]
-        with autocast(model.device):
+        with autocast():
             first = preference_logits(model, batch).double().sigmoid()
             if model.config.preference_kind == "pointwise":
                 second = 1 - first
@@ -495,28 +429,23 @@ def prefer(model, pairs, tokens=8192):
 def check_mask(model, pairs):
     """Refuse a backbone whose attention does not take the mask of one row a pair.
 
-    Scores by random weights of one row a pair against one row a response, on two pairs and the
-    longest one, where a sliding window would show.
+    Its hidden states of one row a pair must be those of one row a response, on two pairs and on
+    the longest, where a sliding window would show.
     """
-    kind, weight = model.config.preference_kind, model.score.weight.data
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    model.config.preference_kind = "pointwise"
-    model.score.weight.data = noise.to(weight) / weight.shape[1] ** 0.5
-
-    def alone(prompt, response):
-        ids = torch.tensor([prompt + response], device=model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return SCORE_SCALE * model.score(hidden)[0, len(prompt):].mean()
+    def hidden(ids, mask=None, positions=None):
+        return model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                use_cache=False).last_hidden_state[0]
 
     gap = 0.0
     try:
         for prompt, a, b in [*pairs[:2], max(pairs, key=lambda pair: sum(map(len, pair)))]:
-            scores = alone(prompt, a), alone(prompt, b)
-            off = (preference_logits(model, [(prompt, a, b)]) - (scores[0] - scores[1])).abs()
-            gap = max(gap, (off / (1 + max(x.abs() for x in scores))).item())
+            ids, positions, _, visible, *_ = pack_pairs([(prompt, a, b)], model.device)
+            first, second = (hidden(torch.tensor([prompt + y], device=model.device))
+                             for y in (a, b))
+            alone = torch.cat([first, second[len(prompt):]])
+            gap = max(gap, ((hidden(ids, visible, positions) - alone).norm() / alone.norm()).item())
     except Exception:  # the model takes no such mask
         gap = math.inf
-    model.config.preference_kind, model.score.weight.data = kind, weight
     if gap > 1e-3:
         fail(f"this backbone's attention does not take one row a pair (gap {gap:.2g}); use another")
 
@@ -531,7 +460,7 @@ def assess(model, pairs, tokens):
     first, second = torch.zeros(len(pairs)), torch.zeros(len(pairs))
     for rows in micro_batches(pairs, tokens):
         batch = [pairs[i] for i in rows]
-        with autocast(model.device):
+        with autocast():
             first[rows] = preference_logits(model, batch).sigmoid().cpu()  # r(x, y_w, y_l)
             second[rows] = preference_logits(model, swap(batch)).sigmoid().cpu()  # r(x, y_l, y_w)
     chosen = (first + 1 - second) / 2  # probability that the chosen side is better, both ways
@@ -546,76 +475,79 @@ def assess(model, pairs, tokens):
 def train(args):
     """Maximum likelihood on labelled pairs; stops where validation accuracy levels off."""
     open_run(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_preference_model(args.model, device, args.trust_remote_code, args.kind)
-    check_lengths(model, args)
-    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    model, tokenizer = load_preference_model(args.model, args, args.kind)
+    pairs, *validation = (
+        load_pairs(path, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+        for path in (args.data, args.validation) if path)
     held_out = max(1, min(2000, len(pairs) // 20))
-    if args.validation:
-        validation = load_pairs(args.validation, tokenizer, args.max_prompt_tokens,
-                                args.max_response_tokens)
+    if validation:
+        validation = validation[0]
     elif len(pairs) > held_out:
         pairs, validation = pairs[:-held_out], pairs[-held_out:]
     else:
         fail(f"{args.data}: one pair cannot be split into training and validation")
     check_mask(model, pairs)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    state = training_state(model, optimizer)
-    weights = {k: x for k, x in state.items() if k == "done" or k.startswith("weight.")}
     batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
-    save_path, best_path = f"{args.out}/checkpoint.safetensors", f"{args.out}/best.safetensors"
-    start = load_checkpoint(save_path, state)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    save_path, best = f"{args.out}/checkpoint.safetensors", f"{args.out}/best"
+    state = load_checkpoint(save_path, model, optimizer)
+    start = done = int(state["done"])
     cut_jsonl(f"{args.out}/metrics.jsonl", start)
-    history = [row["validation/accuracy"] for _, row in read_jsonl(f"{args.out}/metrics.jsonl")
+    history = [row for _, row in read_jsonl(f"{args.out}/metrics.jsonl")
                if "validation/accuracy" in row]
-    caught, quiet = catch_signals(), not sys.stderr.isatty()
-    bar = tqdm(range(start, args.steps), "reward", args.steps, initial=start, disable=quiet)
-    done = start
+    caught = []  # SIGINT or SIGTERM: the step is finished and saved first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(number))
+    bar = tqdm(range(start, args.steps), "reward", args.steps, initial=start, disable=None)
     for step in bar:
-        if history and history[::-1].index(max(history)) >= args.patience:
+        scores = [row["validation/accuracy"] for row in history]
+        if scores and scores[::-1].index(max(scores)) >= args.patience:
             break  # it has levelled off
-        done, began = step + 1, time.perf_counter()
-        rows = batches[step]
+        done, began, rows = step + 1, time.perf_counter(), batches[step]
         coin = torch.Generator().manual_seed(1_000_003 * args.seed + step)
         flip = torch.randint(2, (len(rows),), generator=coin).tolist()
         batch = [swap([pairs[i]])[0] if f else pairs[i] for i, f in zip(rows, flip, strict=True)]
         loss, right = 0.0, 0
         for group in micro_batches(batch, args.tokens_per_microbatch):
-            sign = torch.tensor([1.0 - 2 * flip[i] for i in group], device=device)
-            with autocast(device):
+            sign = torch.tensor([1.0 - 2 * flip[i] for i in group], device=DEVICE)
+            with autocast():
                 logits = sign * preference_logits(model, [batch[i] for i in group])
             nll = F.softplus(-logits).sum() / len(batch)  # - log r of the right order
             nll.backward()
             loss, right = loss + nll.item(), right + (logits > 0).sum().item()
         lr = args.lr * min(1.0, done / max(args.warmup, 1))
         grad_norm = optimizer_step(model, optimizer, lr, f"{args.out}: step {done}, rows {rows}")
-        tokens = sum(map(len, sum(batch, ())))
+        tokens_per_s = sum(map(len, sum(batch, ()))) / (time.perf_counter() - began)
         metrics = {"step": done, "loss": loss, "accuracy": right / len(batch),
-                   "grad_norm": grad_norm, "lr": lr,
-                   "tokens_per_s": round(tokens / (time.perf_counter() - began))}
+                   "grad_norm": grad_norm, "lr": lr, "tokens_per_s": round(tokens_per_s)}
         if done % args.eval_every == 0 or done == args.steps:
             found = assess(model, validation, args.tokens_per_microbatch)
-            metrics.update({f"validation/{k}": v for k, v in found.items()})
-            if found["accuracy"] > max(history, default=-1):
-                save_checkpoint(best_path, weights, done)
-            history.append(found["accuracy"])
-        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
-        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "accuracy", "validation/accuracy",
-                                                         "tokens_per_s") if k in metrics})
+            metrics |= {f"validation/{k}": v for k, v in found.items()}
+            if found["accuracy"] > max(scores, default=-1):
+                model.save_pretrained(best)
+                tokenizer.save_pretrained(best)
+            history.append(metrics)
+        with open(f"{args.out}/metrics.jsonl", "a") as f:
+            f.write(json.dumps(metrics) + "\n")
+        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in (
+            "loss", "accuracy", "validation/accuracy", "tokens_per_s") if k in metrics})
         if done < args.steps and (caught or done % args.save_every == 0):
-            save_checkpoint(save_path, state, done)
+            state["done"].fill_(done)
+            save_file(state, f"{save_path}.tmp")
+            os.replace(f"{save_path}.tmp", save_path)  # swapped in whole
             if caught:
-                print(f"{signal.Signals(caught[0]).name}: saved step {done} to {save_path}; "
-                      "--resume goes on", file=sys.stderr)
-                raise SystemExit(128 + caught[0])
-    best = load_checkpoint(best_path, weights)
-    found = {"step": best, **assess(model, validation, args.tokens_per_microbatch)}
-    found["train_accuracy"] = assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"]
+                fail(f"{signal.Signals(caught[0]).name}: saved step {done} to {save_path}; "
+                     "--resume goes on", 128 + caught[0])
+    row = max(history, key=lambda row: row["validation/accuracy"])  # of equals the first
+    model, _ = load_preference_model(best, args)
+    found = {k: row[f"validation/{k}"] for k in ("accuracy", "ece", "order_disagreement")} | {
+        "train_accuracy": assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"]}
     with open(f"{args.out}/assessment.json", "w") as f:
-        json.dump(found, f)
-    save_final(model, tokenizer, args.out)
-    os.remove(best_path)
-    print(f"{args.out}: {args.kind}, best at step {best} of {done}: validation accuracy "
+        json.dump({"step": row["step"], **found}, f)
+    os.replace(best, f"{args.out}/final")
+    if os.path.exists(save_path):
+        os.remove(save_path)
+    print(f"{args.out}: {args.kind}, best at step {row['step']} of {done}: validation accuracy "
           f"{found['accuracy']:.3f} (train {found['train_accuracy']:.3f}), ECE {found['ece']:.3f}, "
           f"the two orders disagree on {found['order_disagreement']:.1%}")
 
@@ -624,13 +556,11 @@ def label(args):
     """Write the pairs with chosen and rejected as the model prefers them; report the flips."""
     if os.path.exists(args.out):
         fail(f"{args.out} exists; choose another --out, or remove it")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_preference_model(args.model, device, args.trust_remote_code)
+    model, tokenizer = load_preference_model(args.model, args)
     halve(model)
-    check_lengths(model, args)
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     margins, chunk = [], 4096
-    for i in tqdm(range(0, len(pairs), chunk), "label", disable=not sys.stderr.isatty()):
+    for i in tqdm(range(0, len(pairs), chunk), "label", disable=None):
         margins += prefer(model, pairs[i:i + chunk], args.tokens_per_microbatch).tolist()
     flips, ties = sum(m < 0 for m in margins), sum(m == 0 for m in margins)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -646,8 +576,6 @@ def label(args):
 
 
 def main(args):
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     train(args) if args.command == "train" else label(args)
 
 

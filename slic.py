@@ -38,6 +38,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 23)  # 256 MB; near CPU caches 32 MB
+# bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere
+autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
+
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -59,7 +64,7 @@ def parse_args(argv=None):
     p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
     p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
     p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
-                   default=16384 if torch.cuda.is_available() else 1024)
+                   default=16384 if DEVICE.type == "cuda" else 1024)
     p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
@@ -71,10 +76,10 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def fail(message):
-    """Print one line on stderr and exit with status 2: the user's input is at fault."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message, status=2):
+    """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(status)
 
 
 def guard(main, args):
@@ -86,35 +91,27 @@ def guard(main, args):
     try:
         main(args)
     except KeyboardInterrupt:  # before the first step; from there on signals are caught
-        print("interrupted; what was saved before is whole", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (RuntimeError, MemoryError) as e:  # on CPU torch says "can't allocate memory"
-        kinds = torch.OutOfMemoryError, MemoryError
-        if not isinstance(e, kinds) and "allocate memory" not in str(e):
-            raise
-        fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+        fail("interrupted; what was saved before is whole", 130)
     except (OSError, SafetensorError) as e:  # a full disk, say
         fail(f"{getattr(e, 'filename', None) or args.out}: {e}; what was saved before is whole")
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
+            fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+        raise
 
 
 # ---- data ----------------------------------------------------------------------------------------
-
-
 def read_jsonl(path):
     """Yield ("path:line", object) of a .jsonl or .jsonl.gz file; what is malformed is an error."""
-    number = 0
+    where = path
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
+                where = f"{path}:{number}"
                 if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"not a JSON object: {line.strip()[:40]!r}")
-                    yield f"{path}:{number}", row
-    except OSError as e:
-        fail(f"cannot read {path}: {e.strerror or e}")
-    except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
-        fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
+                    yield where, dict(json.loads(line))
+    except (OSError, EOFError, ValueError, TypeError) as e:  # no file, cut gzip, not JSON
+        fail(f"cannot read {where}: {e}")
 
 
 def chat_text(tokenizer, messages, **options):
@@ -135,45 +132,35 @@ def turn_end(tokenizer):
     return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
 
 
-def read_pairs(path, tokenizer, max_prompt, max_response):
-    """Yield a file's pairs: (prompt, chosen, rejected, what ends a response), or a stream's ids.
+def read_pairs(path, tokenizer, *limits):
+    """Yield each row's (prompt, chosen, rejected) and the id of the token that ends its responses.
 
-    The first three are text, the last an id: the end of a turn where the prompt is a list of
-    messages, else EOS. What is malformed is an error.
+    The three are texts, or in a stream token ids, which end as they are (None). A prompt that is a
+    list of messages is answered up to the end of a turn, a text up to EOS.
     """
-    turn = turn_end(tokenizer)
+    turn, known = turn_end(tokenizer), range(len(tokenizer))
     for where, row in read_jsonl(path):
         try:
             if "prompt_ids" in row:
-                ids = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
-                if not all(side and all(type(i) is int and 0 <= i < len(tokenizer) for i in side)
-                           for side in ids):
-                    fail(f"{where}: ids must be lists of tokens that the tokenizer has")
-                prompt, *responses = map(len, ids)
-                if prompt > max_prompt or max(responses) > max_response:
-                    fail(f"{where}: {prompt} + {max(responses)} ids exceed --max-prompt-tokens or "
-                         "--max-response-tokens; a stream is never cut, so raise them")
-                yield ids
-                continue
-            prompt, end = row["prompt"], tokenizer.eos_token_id
-            if not isinstance(prompt, str):
-                if not tokenizer.chat_template:
-                    fail(f"{where}: the prompt is a list of messages and the tokenizer has no chat "
-                         "template; use a chat model, or write text (tasks.py --text)")
-                if not all(isinstance(m[key], str) for m in prompt for key in ("role", "content")):
-                    raise TypeError("a message has a role and a content")
-                prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
-            texts = prompt, *(side if isinstance(side, str) else side[-1]["content"]
-                              for side in (row["chosen"], row["rejected"]))
-            "".join(texts).encode()
+                pair, end = [row[f"{key}_ids"] for key in ("prompt", "chosen", "rejected")], None
+                if not all(0 < len(ids) <= limit and all(type(i) is int and i in known for i in ids)
+                           for ids, limit in zip(pair, limits, strict=True)):
+                    raise ValueError("ids must be the tokenizer's, and at most --max-prompt-tokens "
+                                     "and --max-response-tokens: a stream is never cut")
+            else:
+                prompt, end = row["prompt"], tokenizer.eos_token_id
+                pair = [prompt, *(x if isinstance(x, str) else x[-1]["content"]
+                                  for x in (row["chosen"], row["rejected"]))]
+                if not isinstance(prompt, str):
+                    "".join(m[key] for m in prompt for key in ("role", "content"))  # no null
+                    pair[0], end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
+                "".join(pair).encode()  # neither null nor half a surrogate pair
         except KeyError as key:
             fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
-        except UnicodeEncodeError:
-            fail(f"{where}: text with half a surrogate pair, which has no UTF-8; mend the row")
         except Exception as e:  # chat templates raise what they like: an unknown role, say
-            fail(f"{where}: prompt, chosen and rejected must be strings or lists of messages that "
-                 f"the chat template takes ({e})")
-        yield *texts, end
+            fail(f"{where}: {e}; prompt, chosen and rejected must be texts (tasks.py --text), or "
+                 "messages that the chat template takes")
+        yield pair, end
 
 
 def load_pairs(path, tokenizer, max_prompt, max_response):
@@ -186,29 +173,22 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
     bos, eos, turn = tokenizer.bos_token_id, tokenizer.eos_token_id, turn_end(tokenizer)
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
     shared = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
-    pairs, cut_prompts, cut_responses, kinds = [], 0, 0, set()
-    rows = read_pairs(path, tokenizer, max_prompt, max_response)
+    pairs, cut_prompts, cut_responses = [], 0, 0
+    rows = read_pairs(path, tokenizer, max_prompt, max_response, max_response)
     while some := list(islice(rows, 4096)):  # of more rows than these no text is held
-        kinds.update(map(len, some))
-        if kinds == {3}:  # a stream
-            pairs += [tuple([shared[i] for i in side] for side in pair) for pair in some]
-            continue
-        if len(kinds) > 1:
-            fail(f"{path}: text pairs and token ids are mixed")
-        ids = tokenizer([text for *texts, _ in some for text in texts],
-                        add_special_tokens=False).input_ids
-        for i, (*_, end) in enumerate(some):
-            prompt, *responses = ids[3 * i:3 * i + 3]
-            start = [bos] if adds_bos or prompt[:1] == [bos] else []
-            prompt = prompt[1:] if start and prompt[:1] == [bos] else prompt
-            room = max_prompt - len(start)
-            cut_prompts += len(prompt) > room
-            prompt = [shared[i] for i in start + prompt[max(len(prompt) - room, 0):]]
-            responses = [[shared[i] for i in response if i != eos and i != turn] + [end]
-                         for response in responses]
-            cut_responses += sum(len(response) > max_response for response in responses)
-            pairs.append((prompt or [eos],  # something must come first
-                          *(response[:max_response] for response in responses)))
+        texts = [text for pair, end in some if end is not None for text in pair]
+        encoded = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+        for pair, end in some:
+            if end is not None:
+                prompt, *responses = islice(encoded, 3)
+                prompt = [bos, *prompt] if adds_bos and prompt[:1] != [bos] else prompt
+                over, kept = max(len(prompt) - max_prompt, 0), int(prompt[:1] == [bos])
+                prompt = prompt[:kept] + prompt[kept + over:] or [eos]  # to predict from something
+                responses = [[i for i in ids if i not in (eos, turn)] + [end] for ids in responses]
+                cut_prompts += over > 0
+                cut_responses += sum(len(ids) > max_response for ids in responses)
+                pair = prompt, *(ids[:max_response] for ids in responses)
+            pairs.append(tuple([shared[i] for i in ids] for ids in pair))
     if not pairs:
         fail(f"{path}: no pairs in it")
     print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
@@ -221,13 +201,11 @@ def make_batches(steps, batch_size, rows, shuffle_window, seed):
 
     Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps the order.
     """
-    window = 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
-    order = []
+    order, window = [], 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
     for epoch in range(-(-steps * batch_size // rows)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        for start in range(0, rows, window):
-            size = min(window, rows - start)
-            order += [start + i for i in torch.randperm(size, generator=generator).tolist()]
+        order += [start + i for start in range(0, rows, window)
+                  for i in torch.randperm(min(window, rows - start), generator=generator).tolist()]
     return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
@@ -238,14 +216,14 @@ def micro_batches(rows, tokens, extra=0, padding=0.2):
     of similar lengths: at most `tokens` in all when padded, at most a share `padding` of it.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
-    groups, group, real = [], [], 0
+    groups, real = [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
-        padded, real = (len(group) + 1) * lengths[i], real + lengths[i]
-        if group and padded > min(tokens, real / (1 - padding)):
-            groups.append(group)
-            group, real = [], lengths[i]
-        group.append(i)
-    return [*groups, group] if group else []
+        real += lengths[i]
+        if not groups or (len(groups[-1]) + 1) * lengths[i] > min(tokens, real / (1 - padding)):
+            groups.append([])
+            real = lengths[i]
+        groups[-1].append(i)
+    return groups
 
 
 def pack_pairs(pairs, device):
@@ -260,11 +238,8 @@ def pack_pairs(pairs, device):
     Returns (ids (B, T), positions (B, T), segments (B, T), visible (B, 1, T, T),
     sources, targets, owners (N,)): source is an index into B*T, owner into 2*B, chosen first.
     """
-    rows = []
-    for prompt, chosen, rejected in pairs:
-        p, c, r = len(prompt), len(chosen), len(rejected)
-        rows.append(torch.tensor([prompt + chosen + rejected, [*range(p + c), *range(p, p + r)],
-                                  [1] * p + [2] * c + [3] * r]).T)
+    rows = [torch.tensor([x + c + r, [*range(len(x + c)), *range(len(x), len(x + r))],
+                          [1] * len(x) + [2] * len(c) + [3] * len(r)]).T for x, c, r in pairs]
     ids, positions, segments = pad_sequence(rows, batch_first=True).unbind(-1)  # each (B, T)
     query, key = segments[:, None, :, None], segments[:, None, None, :]
     causal = torch.ones(2 * ids.shape[1:], dtype=torch.bool).tril()
@@ -279,41 +254,29 @@ def pack_pairs(pairs, device):
 
 
 # ---- model, log-probs, loss ----------------------------------------------------------------------
+def load_model(kind, name, args, **options):
+    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub.
 
-
-def load_policy(name, trust_remote_code, device):
-    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub."""
+    `kind` is the class of transformers to load it by, `options` are for its from_pretrained.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
+    remote = {"trust_remote_code": args.trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code)
+        model = kind.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, **remote, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
     except Exception as e:  # many kinds; each means that this model is not to be had
-        fail(f"cannot load a model from {name}: {str(e).strip().splitlines()[0][:200]}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        known = len(tokenizer)
-    except Exception:
-        known = 0
-    if known < 2:
-        fail(f"{name} has no tokenizer; save one beside the model (tokenizer.save_pretrained)")
-    if known > model.get_input_embeddings().num_embeddings:
-        fail(f"{name}: the tokenizer has {known} tokens, the model embeds only "
-             f"{model.get_input_embeddings().num_embeddings}")
-    if tokenizer.eos_token_id is None:
-        fail(f"{name}: the tokenizer has no EOS token; set tokenizer.eos_token and save it")
-    return model.to(device).eval(), tokenizer
-
-
-def check_lengths(model, args):
-    """Refuse lengths that the model's positions cannot hold."""
-    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    if args.max_prompt_tokens + args.max_response_tokens > limit:
-        fail(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-response-tokens "
-             f"{args.max_response_tokens} exceed the model's {limit} positions; lower one")
-
-
-# Logits of one chunk, whatever the vocabulary: 32 MB on CPU (near the caches), 256 MB on CUDA.
-LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 23)
+        fail(f"cannot load a model and its tokenizer from {name}: {str(e)[:200]}")
+    known, embedded = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if tokenizer.eos_token_id is None or not 1 < known <= embedded:
+        fail(f"{name}: its tokenizer has {known} tokens, EOS {tokenizer.eos_token}; needed are an "
+             f"EOS and at most the {embedded} tokens that the model embeds")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
+        fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
+    return model.to(DEVICE).eval(), tokenizer
 
 
 def pair_logps(model, pairs):
@@ -337,28 +300,17 @@ def pair_logps(model, pairs):
     return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
 
 
-def plain_logits(model, rows):
-    """Logits of R (prompt, response) rows the plain way: one row each, no mask tricks, no chunks.
-
-    Prompts are padded on the left, responses on the right, to K tokens. Returns (logits (R, K, V)
-    in fp32, as the model gives them; targets (R, K); real (R, K), 0 where a target is padding).
-    """
-    start, width = (max(len(row[side]) for row in rows) for side in (0, 1))
-    ids = torch.tensor([[0] * (start - len(x)) + x + y + [0] * (width - len(y)) for x, y in rows])
-    real = torch.tensor([[0] * (start - len(x)) + [1] * (len(x) + len(y)) + [0] * (width - len(y))
-                         for x, y in rows])
-    ids, real = ids.to(model.device), real.to(model.device)
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=width + 1,
-                   position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits
-    return logits[:, :-1].float(), ids[:, start:], real[:, start:]
-
-
 def plain_logps(model, pairs):
-    """The same as `pair_logps` from `plain_logits`: two rows a pair."""
-    logits, targets, real = plain_logits(
-        model, [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs])
-    logps = logits.log_softmax(-1).gather(2, targets[:, :, None]).squeeze(2)
-    return (logps * real).sum(1).view(2, -1)
+    """The same as `pair_logps` the plain way: one row a response, no mask tricks, no chunks."""
+    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
+    labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
+    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
+    logits = model(input_ids=ids, use_cache=False,
+                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
+    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
+                           reduction="none")  # 0 where a label is -100
+    return -nlls.view(2, len(pairs), -1).sum(-1)
 
 
 @torch.no_grad()
@@ -368,20 +320,18 @@ def choose_logps(model, pairs):
     fp32 rounds the log-prob of a token, at 50,000 tokens of vocabulary, by up to 1e-5 nats and 1e-5
     of itself: ten times that is let pass. A mask that is not taken shows in whole nats.
     """
-    pairs = [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]  # a window would show
-    gap = 0.0
-    try:
-        for pair in pairs:
-            plain, lengths = plain_logps(model, [pair]), torch.tensor([[len(y)] for y in pair[1:]])
-            off = (pair_logps(model, [pair]) - plain).abs() / (plain.abs() + lengths.to(plain))
-            gap = max(gap, off.max().item())
-    except torch.OutOfMemoryError:
-        raise
+    def gap(pair):
+        plain, tokens = plain_logps(model, [pair]), [[len(response)] for response in pair[1:]]
+        return ((pair_logps(model, [pair]) - plain).abs()
+                / (plain.abs() + torch.tensor(tokens).to(plain))).max().item()
+
+    try:  # the longest is among them: a window would show
+        found = max(map(gap, [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]))
+        if found < 1e-4:
+            return pair_logps
     except Exception as e:  # the model takes no such mask
-        gap = type(e).__name__
-    if isinstance(gap, float) and gap < 1e-4:
-        return pair_logps
-    print(f"this model does not take one row a pair (gap {gap}): using plain rows")
+        found = type(e).__name__
+    print(f"this model does not take one row a pair (gap {found}): using plain rows")
     return plain_logps
 
 
@@ -395,43 +345,35 @@ def slic_loss(logps, ref_logps, beta, sft_weight=0.0):
 
 
 # ---- training ------------------------------------------------------------------------------------
-
-
-def autocast(device):
-    """bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 @torch.no_grad()
-def reference_logps(model, logps_of, pairs, tokens):
-    """(2, B) summed log-probs of a batch under the reference, in the micro-batches of the step."""
+def batch_logps(model, logps_of, pairs, tokens):
+    """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
     logps = torch.zeros(2, len(pairs))
     for rows in micro_batches(pairs, tokens):
-        with autocast(model.device):
-            logps[:, rows] = logps_of(model, [pairs[i] for i in rows]).cpu()
+        logps[:, rows] = logps_of(model, [pairs[i] for i in rows]).cpu()
     return logps
 
 
-def data_reference_logps(model, logps_of, pairs, batches, tokens, folder):
-    """(2, pairs) log-probs under the reference, once a row, in the micro-batches of training.
+@torch.no_grad()
+def reference_logps(out, model, logps_of, pairs, batches, tokens):
+    """(2, pairs) summed log-probs of the rows of `batches`, in the micro-batches of training.
 
-    Kept in `folder` under a hash of all that they depend on: the next run on the same model, pairs
-    and order finds them there. Rows that no batch holds are NaN.
+    They are kept beside the run folder `out`, under a hash of all that they depend on, for a
+    resumed run or the next of a sweep. Rows that no batch holds are NaN.
     """
-    digest = hashlib.sha256(json.dumps([
-        logps_of.__name__, tokens, str(model.device), pairs, batches,
-        model.config.to_json_string()]).encode())
+    given = f"{model.config} {DEVICE} {logps_of.__name__} {tokens} {batches} {pairs}"
+    digest = hashlib.sha256(given.encode())
     for weight in model.parameters():
         digest.update(weight.detach().cpu().numpy().data)
-    path = os.path.join(folder, f"reference-{digest.hexdigest()[:16]}.safetensors")
+    path = f"{out}/../reference-{digest.hexdigest()[:16]}.safetensors"
     if os.path.exists(path):
         return load_file(path)["logps"]
     logps = torch.full((2, len(pairs)), torch.nan)
-    for rows in tqdm(batches, "reference log-probs", disable=not sys.stderr.isatty()):
-        if logps[0, rows].isnan().any():
-            logps[:, rows] = reference_logps(model, logps_of, [pairs[i] for i in rows], tokens)
-    save_file({"logps": logps}, f"{path}.{os.getpid()}.tmp")  # others may be writing it too
-    os.replace(f"{path}.{os.getpid()}.tmp", path)
+    for batch in tqdm(batches, "reference log-probs", disable=None):
+        if logps[0, batch].isnan().any():
+            logps[:, batch] = batch_logps(model, logps_of, [pairs[i] for i in batch], tokens)
+    save_file({"logps": logps}, f"{out}/reference.tmp")  # others may be writing it too
+    os.replace(f"{out}/reference.tmp", path)
     return logps
 
 
@@ -442,20 +384,18 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
     """
     losses, logps = torch.zeros(len(pairs)), torch.zeros(2, len(pairs))
     for rows in micro_batches(pairs, tokens):
-        with autocast(policy.device):
+        with autocast():
             batch_logps = logps_of(policy, [pairs[i] for i in rows])
         loss = loss_fn(batch_logps, ref_logps[:, rows].to(policy.device))  # (b,)
         (loss.sum() / len(pairs)).backward()
         losses[rows], logps[:, rows] = loss.detach().cpu(), batch_logps.detach().cpu()
-    metrics = {"loss": losses.mean().item(), "logps/chosen": logps[0].mean().item()}
+    metrics = {"loss": losses, "logps/chosen": logps[0]}
     if beta is not None:
         chosen, rejected = beta * (logps - ref_logps)
-        metrics |= {"logps/rejected": logps[1].mean().item(),
-                    "rewards/chosen": chosen.mean().item(),
-                    "rewards/rejected": rejected.mean().item(),
-                    "rewards/margins": (chosen - rejected).mean().item(),
-                    "rewards/accuracies": (chosen > rejected).float().mean().item()}
-    return metrics
+        metrics |= {"logps/rejected": logps[1], "rewards/chosen": chosen,
+                    "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+                    "rewards/accuracies": (chosen > rejected).float()}
+    return {name: values.mean().item() for name, values in metrics.items()}
 
 
 def optimizer_step(model, optimizer, lr, what):
@@ -464,45 +404,36 @@ def optimizer_step(model, optimizer, lr, what):
     if not torch.isfinite(grad_norm):
         fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
              "checkpoint were touched. Look at those rows, or start again with a lower --lr")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return grad_norm.item()
 
 
 # ---- run folder ----------------------------------------------------------------------------------
-
-
 def open_run(args):
     """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
+    given = {"script": os.path.basename(__file__), **vars(args)}
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
-    if os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume:
+    if not os.path.exists(f"{args.out}/metrics.jsonl"):
+        os.makedirs(args.out, exist_ok=True)
+        here, cuda = os.path.dirname(os.path.abspath(__file__)), DEVICE.type == "cuda"
+        with open(f"{args.out}/args.json", "w") as f:
+            json.dump(given | {"commit": subprocess.getoutput(f'git -C "{here}" rev-parse HEAD'),
+                               "torch": torch.__version__, "transformers": transformers.__version__,
+                               "device": torch.cuda.get_device_name() if cuda else "cpu"}, f)
+    elif not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
-    record = {"script": os.path.basename(__file__), **vars(args)}
-    if os.path.exists(f"{args.out}/metrics.jsonl"):
-        (_, started), = read_jsonl(f"{args.out}/args.json")
-        free = {"resume", "out", "save_every", "tokens_per_microbatch"}
-        changed = [k for k, v in record.items() if k not in free and started.get(k) != v]
-        if changed:
-            fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
-    os.makedirs(args.out, exist_ok=True)
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
-    record |= {"commit": commit, "torch": torch.__version__,
-               "transformers": transformers.__version__,
-               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    with open(f"{args.out}/args.json.tmp", "w") as f:
-        f.write(json.dumps(record) + "\n")
-    os.replace(f"{args.out}/args.json.tmp", f"{args.out}/args.json")
+    (_, started), = read_jsonl(f"{args.out}/args.json")
+    free = {"resume", "out", "save_every", "tokens_per_microbatch"}
+    changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
+    if changed:
+        fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
 
 
-def training_state(model, optimizer):
-    """All that a checkpoint holds, by name, in memory shared with the model and the optimizer.
+def load_checkpoint(path, model, optimizer):
+    """All that a checkpoint holds, by name, in memory shared with model and optimizer, as saved.
 
     Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
     """
@@ -512,18 +443,6 @@ def training_state(model, optimizer):
                    "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         optimizer.state[weight] = moments
         state |= {f"{k}.{name}": x for k, x in {"weight": weight.detach(), **moments}.items()}
-    return state
-
-
-def save_checkpoint(path, state, done):
-    """Write a training state after `done` steps to one safetensors file, swapped in whole."""
-    state["done"].fill_(done)
-    save_file(state, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def load_checkpoint(path, state):
-    """Copy into a training state what was saved, if anything; returns the steps done so far."""
     try:
         if os.path.exists(path):
             with safe_open(path, "pt") as f:
@@ -531,79 +450,50 @@ def load_checkpoint(path, state):
                     tensor.copy_(f.get_tensor(name))
     except (SafetensorError, RuntimeError) as e:
         fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
-    return int(state["done"])
+    return state
 
 
 def cut_jsonl(path, step):
     """Cut a file of {"step": ...} rows after `step`: a killed run wrote more than it saved."""
-    kept = []
+    size = 0
     with open(path, "ab+") as f:  # makes an empty one at the first start
         f.seek(0)
-        try:
-            for line in f:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-                kept.append(len(line))
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path}:{len(kept) + 1}: malformed line; mend it, or remove the run folder")
-    os.truncate(path, sum(kept))
-
-
-def append_jsonl(path, rows):
-    """Append rows to a JSON-lines file."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def save_final(model, tokenizer, out):
-    """Write final/, whole or not at all, and drop the checkpoint."""
-    model.save_pretrained(f"{out}/final.tmp")
-    tokenizer.save_pretrained(f"{out}/final.tmp")
-    os.replace(f"{out}/final.tmp", f"{out}/final")
-    if os.path.exists(f"{out}/checkpoint.safetensors"):
-        os.remove(f"{out}/checkpoint.safetensors")
-
-
-def catch_signals():
-    """After SIGINT or SIGTERM the returned list is not empty: save and stop at the step's end."""
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: caught.append(number))
-    return caught
+        for number, line in enumerate(f, 1):
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    size += len(line)
+            except (ValueError, KeyError, TypeError):
+                fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
+    os.truncate(path, size)
 
 
 def main(args):
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     open_run(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy, tokenizer = load_policy(args.model, args.trust_remote_code, device)
-    check_lengths(policy, args)
+    policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     logps_of = choose_logps(policy, pairs)
     loss_fn = partial(slic_loss, beta=args.beta, sft_weight=args.sft_weight)
-    judge = None
     if args.gold:
         import gold_eval
         judge = gold_eval.load_judge(args, args.eval_data or args.data, copy.deepcopy(policy),
                                      tokenizer, logps_of)
     window = 1 if args.order == "kept" else args.shuffle_window
     batches = make_batches(args.steps, args.batch_size, len(pairs), window, args.seed)
-    quiet = not sys.stderr.isatty()
-    if args.no_reference:
-        ref_logps = torch.zeros(2, len(pairs))
-    else:
-        ref_logps = data_reference_logps(
-            policy, logps_of, pairs, batches,
-            args.tokens_per_microbatch, os.path.dirname(os.path.abspath(args.out)))
+    ref_logps = torch.zeros(2, len(pairs))
+    if not args.no_reference:
+        with autocast():
+            ref_logps = reference_logps(args.out, policy, logps_of, pairs, batches,
+                                        args.tokens_per_microbatch)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    state = training_state(policy, optimizer)
     save_path = f"{args.out}/checkpoint.safetensors"
-    start = load_checkpoint(save_path, state)
+    state = load_checkpoint(save_path, policy, optimizer)
+    start = int(state["done"])
     for name in ("metrics", "samples"):
         cut_jsonl(f"{args.out}/{name}.jsonl", start)
-    caught = catch_signals()
-    bar = tqdm(range(start, args.steps), "slic", args.steps, initial=start, disable=quiet)
+    caught = []  # SIGINT or SIGTERM: the step is finished and saved first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(number))
+    bar = tqdm(range(start, args.steps), "slic", args.steps, initial=start, disable=None)
     for step in bar:
         done, began, rows = step + 1, time.perf_counter(), batches[step]
         batch_pairs = [pairs[i] for i in rows]
@@ -614,20 +504,24 @@ def main(args):
         tokens_per_s = sum(map(len, sum(batch_pairs, ()))) / (time.perf_counter() - began)
         metrics = {"step": done, **metrics, "grad_norm": grad_norm, "lr": lr,
                    "tokens_per_s": round(tokens_per_s)}
-        if judge and (done % args.eval_every == 0 or done == args.steps):
-            gold, samples = gold_eval.evaluate(policy, judge)
-            metrics.update(gold)
-            append_jsonl(f"{args.out}/samples.jsonl", [{"step": done, **s} for s in samples])
-        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
+        if args.gold and (done % args.eval_every == 0 or done == args.steps):
+            metrics |= gold_eval.evaluate_run(policy, judge, args.out, done)
+        with open(f"{args.out}/metrics.jsonl", "a") as f:
+            f.write(json.dumps(metrics) + "\n")
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in (
             "loss", "rewards/accuracies", "tokens_per_s", "gold/win_rate") if k in metrics})
         if done < args.steps and (caught or done % args.save_every == 0):
-            save_checkpoint(save_path, state, done)
+            state["done"].fill_(done)
+            save_file(state, f"{save_path}.tmp")
+            os.replace(f"{save_path}.tmp", save_path)  # swapped in whole
             if caught:
-                print(f"{signal.Signals(caught[0]).name}: saved step {done} to {save_path}; "
-                      "--resume goes on", file=sys.stderr)
-                raise SystemExit(128 + caught[0])
-    save_final(policy, tokenizer, args.out)
+                fail(f"{signal.Signals(caught[0]).name}: saved step {done} to {save_path}; "
+                     "--resume goes on", 128 + caught[0])
+    policy.save_pretrained(f"{args.out}/final.tmp")
+    tokenizer.save_pretrained(f"{args.out}/final.tmp")
+    os.replace(f"{args.out}/final.tmp", f"{args.out}/final")  # whole or not at all
+    if os.path.exists(save_path):
+        os.remove(save_path)
     print(f"{args.out}: {args.steps} steps, " + ", ".join(
         f"{k} {metrics[k]:.4g}" for k in metrics if k.startswith(("loss", "rewards/a", "gold/"))))
 

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 from tqdm import tqdm
 
@@ -80,87 +81,87 @@ class Study:
 
     def __init__(self, args, task, stages):
         self.scale, self.args, self.task, self.stages = SCALES[args.scale], args, task, stages
-        several = len(self.scale["tasks"]) > 1
-        self.root = f"runs/{args.scale}"
-        self.data, self.runs = (f"{folder}/{args.scale}" + (f"/{task}" if several else "")
-                                for folder in ("data", "runs"))
+        self.seeds, self.betas, self.lengths = (
+            self.scale[key] for key in ("seeds", "betas", "lengths"))
+        folders = {name: f"{args.scale}/{name}" if len(self.scale["tasks"]) > 1 else args.scale
+                   for name in self.scale["tasks"]}
+        self.initial = {name: f"data/{folder}/initial.jsonl" for name, folder in folders.items()}
+        self.data, self.runs = f"data/{folders[task]}", f"runs/{folders[task]}"
+        self.d_golden, self.gold = f"{self.data}/golden.jsonl", f"{self.runs}/gold"
         self.pipeline()
 
     def add(self, script, makes, *positional, **flags):
         """One command and the path that shows it done."""
         words = [script, *positional]
         for name, value in flags.items():
-            words += [f"--{name.replace('_', '-')}", *(
-                [] if value is True else map(str, value) if isinstance(value, list)
-                else [str(value)])]
+            words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words += map(str, value if isinstance(value, list) else [value])
         self.stages.setdefault(makes, words)
 
     def pipeline(self):
         """Data, SFT, golden and proxy models, D_golden, the golden policy and its responses."""
-        s, data, runs = self.scale, self.data, self.runs
-        if self.task == "toy":
-            self.add("tasks.py", f"{data}/initial.jsonl", "toy", out=data, pairs=s["pairs"])
-        else:
-            for task in s["tasks"]:
-                folder = f"{os.path.dirname(data)}/{task}"
-                self.add("tasks.py", f"{folder}/initial.jsonl", task, out=folder, text=True)
+        s, data, runs, toy = self.scale, self.data, self.runs, self.task == "toy"
+        for task, initial in self.initial.items():
+            self.add("tasks.py", initial, task, out=os.path.dirname(initial),
+                     **({"pairs": s["pairs"]} if toy else {"text": True}))
         sft = self.sft("")
-        golden = sft if self.task == "toy" else self.args.golden
-        self.add("reward.py", f"{runs}/gold/final", "train", model=golden, resume=True,
-                 data=f"{data}/initial.jsonl", out=f"{runs}/gold", **s["gold"], **s["lengths"])
-        splits = {"initial": "golden"} | (
-            {"validation": "golden-validation"} if self.task == "toy" else {})
-        for split, labelled in splits.items():
-            self.add("reward.py", f"{data}/{labelled}.jsonl", "label", model=f"{runs}/gold",
-                     data=f"{data}/{split}.jsonl", out=f"{data}/{labelled}.jsonl", **s["lengths"])
-        self.proxy("proxy", f"{data}/golden.jsonl")
+        self.add("reward.py", f"{self.gold}/final", "train", model=sft if toy else self.args.golden,
+                 resume=True, data=f"{data}/initial.jsonl", out=self.gold, **s["gold"],
+                 **self.lengths)
+        for split, labelled in (("initial", "golden"), ("validation", "golden-validation")):
+            if split == "initial" or toy:
+                out = f"{data}/{labelled}.jsonl"
+                self.add("reward.py", out, "label", model=self.gold, data=f"{data}/{split}.jsonl",
+                         out=out, **self.lengths)
+        self.proxy("proxy", self.d_golden)
         self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo", model=sft,
-                 labeller=f"{runs}/gold", prompts=f"{data}/golden.jsonl", resume=True, lr=s["lr"],
+                 labeller=self.gold, prompts=self.d_golden, resume=True, lr=s["lr"],
                  out=f"{runs}/golden-policy", steps=s["steps"], beta=s["beta"], **s["train"],
-                 **s["lengths"])
+                 **self.lengths)
         self.baseline("golden-policy", f"{runs}/golden-policy")
 
     def sft(self, size):
         """The SFT policy of a size, on the pairs of all tasks; returns its run folder."""
-        s, out, folder = self.scale, f"{self.root}/sft{size}", os.path.dirname(self.data)
+        s, out = self.scale, f"runs/{self.args.scale}/sft{size}"
         if self.task == "toy":
-            base, data = f"{self.data}{size.replace('-', '/')}/base", [self.data]
+            base = f"{self.data}{size.replace('-', '/')}/base"
             if size:
                 width, layers = TOY_SIZES[size]
                 self.add("tasks.py", base, "toy", out=os.path.dirname(base), width=width,
                          layers=layers, pairs=s["pairs"])
         else:
             base = self.args.policy[s["sizes"].index(size)]
-            data = [f"{folder}/{task}" for task in s["tasks"]]
-        self.add("sft.py", f"{out}/final", model=base, data=[f"{d}/initial.jsonl" for d in data],
-                 out=out, resume=True, **s["sft"] | s["larger"].get(size, {}).get("sft", {}),
-                 **s["lengths"])
+        self.add("sft.py", f"{out}/final", model=base, data=list(self.initial.values()), out=out,
+                 resume=True, **s["sft"] | s["larger"].get(size, {}).get("sft", {}),
+                 **self.lengths)
         return out
 
     def proxy(self, name, pairs):
         """A preference model of the policy's size, trained on golden labels."""
-        validation = {"validation": f"{self.data}/golden-validation.jsonl"}
-        self.add("reward.py", f"{self.runs}/{name}/final", "train", model=self.sft(""), data=pairs,
-                 out=f"{self.runs}/{name}", resume=True, **self.scale["proxy"],
-                 **(validation if self.task == "toy" else {}), **self.scale["lengths"])
+        out, flags = f"{self.runs}/{name}", self.scale["proxy"]
+        if self.task == "toy":
+            flags = flags | {"validation": f"{self.data}/golden-validation.jsonl"}
+        self.add("reward.py", f"{out}/final", "train", model=self.sft(""), data=pairs, out=out,
+                 resume=True, **flags, **self.lengths)
 
     def baseline(self, name, policy):
         """Responses of a policy, to judge others against."""
         out = f"{self.data}/{name}-baseline.jsonl"
-        self.add("gold_eval.py", out, "sample", model=policy, data=f"{self.data}/golden.jsonl",
-                 out=out, prompts=self.scale["prompts"], **self.scale["lengths"])
+        self.add("gold_eval.py", out, "sample", model=policy, data=self.d_golden, out=out,
+                 prompts=self.scale["prompts"], **self.lengths)
 
     def train(self, name, script, seed, size="", beta=None, steps=None, **flags):
         """A training run, judged along the way against the golden policy; returns its name."""
         s, out = self.scale, f"{self.runs}/{name}{size}-s{seed}"
         steps = steps or s["steps"]
-        golden = f"{self.data}/golden.jsonl"
-        every = max(1, steps // (16 if steps > s["steps"] else 8))
+        if beta:
+            flags["beta"] = beta
         self.add(script, f"{out}/final", model=self.sft(size), out=out, seed=seed, steps=steps,
-                 **flags, **({"beta": beta} if beta else {}), eval_data=golden,
-                 gold=f"{self.runs}/gold", baseline=f"{self.data}/golden-policy-baseline.jsonl",
-                 eval_every=every, resume=True, **s["lengths"],
-                 **s["train"] | s["larger"].get(size, {}).get("train", {}))
+                 **flags, eval_data=self.d_golden, gold=self.gold,
+                 baseline=f"{self.data}/golden-policy-baseline.jsonl",
+                 eval_every=max(1, steps // (16 if steps > s["steps"] else 8)), resume=True,
+                 **self.lengths, **s["train"] | s["larger"].get(size, {}).get("train", {}))
         return out
 
     def online(self, seed, loss="ipo", beta=None, size="", proxy="proxy", lr=None, steps=None):
@@ -170,7 +171,7 @@ class Study:
             name += f"-{steps}steps"
         return self.train(name, "online_rlhf.py", seed, size, beta, steps, loss=loss,
                           lr=lr or self.scale["lr"], labeller=f"{self.runs}/{proxy}",
-                          prompts=f"{self.data}/golden.jsonl")
+                          prompts=self.d_golden)
 
     def offline(self, seed, loss="ipo", beta=None, size="", lr=None, steps=None, data=None, tag="",
                 **flags):
@@ -178,7 +179,7 @@ class Study:
         beta, lr = None if loss == "bo2" else beta or self.scale["beta"], lr or self.scale["lr"]
         name = loss + tag + (f"-b{beta}" if beta else "") + f"-lr{lr}"
         return self.train(name, f"{loss}.py", seed, size, beta, steps, lr=lr,
-                          data=data or f"{self.data}/golden.jsonl", **flags)
+                          data=data or self.d_golden, **flags)
 
     def shuffled(self, seed, loss="ipo", beta=None, size="", window=0):
         """Offline on the stream of the online run of the same settings (1: in its exact order)."""
@@ -189,25 +190,24 @@ class Study:
     # each figure returns the run folders that it draws, made by stages which it adds
 
     def main(self):
-        runs = [self.online(0), self.offline(0), self.offline(0, "dpo", 0.5)]
-        self.baseline("sft", self.sft(""))
-        for run in [*runs, self.sft("")]:
-            for name in ["sft"] if run in runs else ["golden-policy", "sft"]:
-                out = f"{run}/judged-{name}.json"
-                self.add("gold_eval.py", out, "judge", model=run, reference=self.sft(""),
-                         gold=f"{self.runs}/gold", baseline=f"{self.data}/{name}-baseline.jsonl",
-                         data=f"{self.data}/golden.jsonl", out=out, seed=1, **self.scale["lengths"])
+        runs, sft = [self.online(0), self.offline(0), self.offline(0, "dpo", 0.5)], self.sft("")
+        self.baseline("sft", sft)
+        for run, name in [(run, "sft") for run in runs] + [(sft, "golden-policy"), (sft, "sft")]:
+            out = f"{run}/judged-{name}.json"
+            self.add("gold_eval.py", out, "judge", model=run, reference=sft, gold=self.gold,
+                     baseline=f"{self.data}/{name}-baseline.jsonl", data=self.d_golden, out=out,
+                     seed=1, **self.lengths)
         return runs
 
     def fig1(self):
-        s = self.scale
-        return [self.online(seed, beta=beta) for seed in s["seeds"] for beta in s["betas"]] + [
-            self.offline(seed, beta=beta, lr=lr, steps=s["long"])  # holds the short run's
-            for seed in s["seeds"] for beta in s["betas"] for lr in s["lrs"]]  # checkpoints too
+        long = self.scale["long"]  # holds the checkpoints of a short run, too
+        return [self.online(seed, beta=beta) for seed in self.seeds for beta in self.betas] + [
+            self.offline(seed, beta=beta, lr=lr, steps=long)
+            for seed in self.seeds for beta in self.betas for lr in self.scale["lrs"]]
 
     def fig4(self):
         return self.fig1() + [self.shuffled(seed, beta=beta)
-                              for seed in self.scale["seeds"] for beta in self.scale["betas"]]
+                              for seed in self.seeds for beta in self.betas]
 
     def fig5(self):
         return self.fig1() + self.of_two("final", "final")
@@ -215,73 +215,68 @@ class Study:
     def of_two(self, first, second):
         """Offline on pairs sampled from two policies and relabelled by the golden model."""
         s, runs = self.scale, []
-        for seed in s["seeds"]:
+        for seed in self.seeds:
             policies = {"sft": self.sft(""), "early": self.online(seed, steps=s["steps"] // 5),
                         "final": self.online(seed)}
             data = f"{self.data}/{first}-vs-{second}-s{seed}.jsonl"
             self.add("gold_eval.py", data, "sample", model=policies[first],
-                     other=policies[second], gold=f"{self.runs}/gold",
-                     data=f"{self.data}/golden.jsonl", out=data, seed=seed,
-                     prompts=s["steps"] * s["train"]["batch_size"], **s["lengths"])
+                     other=policies[second], gold=self.gold, data=self.d_golden, out=data,
+                     seed=seed, prompts=s["steps"] * s["train"]["batch_size"], **self.lengths)
             runs += [self.offline(seed, beta=beta, data=data, tag=f"-{first}-vs-{second}")
-                     for beta in s["betas"]]
+                     for beta in self.betas]
         return runs
 
     def fig6(self):
         """Agreement with the golden model along D_online: the proxy, an online, an offline run."""
         outs = []
-        for seed in self.scale["seeds"]:
+        for seed in self.seeds:
             online, offline = self.online(seed), self.offline(seed, steps=self.scale["long"])
             for name, policy in (("online", online), ("offline", offline)):
                 outs.append(f"{self.runs}/classify-{name}-s{seed}.jsonl")
                 self.add("gold_eval.py", outs[-1], "classify", model=policy, out=outs[-1],
-                         reference=self.sft(""), gold=f"{self.runs}/gold",
-                         data=f"{online}/stream.jsonl", **self.scale["lengths"])
+                         reference=self.sft(""), gold=self.gold, data=f"{online}/stream.jsonl",
+                         **self.lengths)
         return outs
 
     def fig9(self):
-        s = self.scale
-        return [run for seed in s["seeds"] for run in (
+        return [run for seed in self.seeds for run in (
             self.online(seed, "bo2"), self.shuffled(seed, "bo2"),
-            *(self.offline(seed, "bo2", lr=lr) for lr in s["lrs"]))]
+            *(self.offline(seed, "bo2", lr=lr) for lr in self.scale["lrs"]))]
 
     def fig10(self):
-        s = self.scale
-        return [run for size in s["sizes"] for seed in s["seeds"] for run in (
+        return [run for size in self.scale["sizes"] for seed in self.seeds for run in (
             self.online(seed, size=size), self.shuffled(seed, size=size),
-            self.offline(seed, size=size, steps=s["long"]))]
+            self.offline(seed, size=size, steps=self.scale["long"]))]
 
     def fig12(self):
         return self.fig5() + self.of_two("sft", "early") + self.of_two("early", "final")
 
     def fig13(self):
-        s = self.scale
-        beta = min(s["betas"])  # drifts furthest, so that order can matter
-        return [self.online(seed, beta=beta) for seed in s["seeds"]] + [
+        beta = min(self.betas)  # drifts furthest, so that order can matter
+        return [self.online(seed, beta=beta) for seed in self.seeds] + [
             self.shuffled(seed, beta=beta, window=window)
-            for seed in s["seeds"] for window in (1, *s["windows"], 0)]
+            for seed in self.seeds for window in (1, *self.scale["windows"], 0)]
 
     def tandem(self):
-        beta = min(self.scale["betas"])
-        return [self.online(0, beta=beta), self.shuffled(0, beta=beta, window=1),
-                self.shuffled(0, beta=beta, window=self.scale["windows"][0])]
+        beta = min(self.betas)
+        return [self.online(0, beta=beta)] + [
+            self.shuffled(0, beta=beta, window=window) for window in (1, self.scale["windows"][0])]
 
     def losses(self):
-        return [run for seed in self.scale["seeds"] for loss, betas in OTHER_BETAS.items()
-                for beta in betas for run in (self.online(seed, loss, beta),
-                                              self.offline(seed, loss, beta))]
+        return [run for seed in self.seeds for loss, betas in OTHER_BETAS.items() for beta in betas
+                for run in (self.online(seed, loss, beta), self.offline(seed, loss, beta))]
 
     def proxies(self):
         """Proxies trained on 1/256, 1/16, 1/4, all of D_golden; offline always has all of it."""
-        s, golden, runs = self.scale, f"{self.data}/golden.jsonl", self.fig1()
+        runs = self.fig1()
         for share in (4, 16, 256):
             name = f"proxy{share}"
             folder = f"{self.data}/{name}"
-            self.add("tasks.py", f"{folder}/initial.jsonl", "file", file=golden, out=folder,
-                     pairs=s["pairs"] // share)
+            self.add("tasks.py", f"{folder}/initial.jsonl", "file", file=self.d_golden, out=folder,
+                     pairs=self.scale["pairs"] // share)
             self.proxy(name, f"{folder}/initial.jsonl")
-            runs += [self.online(seed, beta=beta, proxy=name) for seed in s["seeds"]
-                     for beta in s["betas"]]
+            runs += [self.online(seed, beta=beta, proxy=name)
+                     for seed in self.seeds for beta in self.betas]
         return runs
 
 
@@ -306,8 +301,8 @@ def experiments(args):
     return stages, drawn
 
 
-def out_of(words):
-    return words[words.index("--out") + 1]
+def value_of(words, flag, default=None):
+    return words[words.index(flag) + 1] if flag in words else default
 
 
 def needs(stages):
@@ -317,7 +312,7 @@ def needs(stages):
         read = [w for w, flag in zip(words[1:], words, strict=False) if flag != "--out"]
         found[makes] = {path for path, out in before.items()
                         if any(w == out or w.startswith(out + "/") for w in read)}
-        before[makes] = out_of(words)
+        before[makes] = value_of(words, "--out")
     return found
 
 
@@ -332,22 +327,19 @@ def waves(stages):
 def start(words, jobs, lock):
     """Start one command; with several at once its output goes to a file beside what it makes."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), words[0])
-    env, log = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ, None
-    if jobs > 1:
-        os.makedirs(os.path.dirname(out_of(words)) or ".", exist_ok=True)
-        log = open(f"{out_of(words)}.log", "a")  # noqa: SIM115  closed below
-    child = subprocess.Popen([sys.executable, script, *words[1:]], stdout=log, stderr=log, env=env,
-                             pass_fds=[lock.fileno()])  # an orphan keeps the next study waiting
-    if log:
-        log.close()
-    return child
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
+    out = value_of(words, "--out")
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    with open(f"{out}.log", "a") if jobs > 1 else nullcontext() as log:
+        return subprocess.Popen([sys.executable, script, *words[1:]], stdout=log, stderr=log,
+                                env=env,
+                                pass_fds=[lock.fileno()])  # an orphan keeps the next study waiting
 
 
 def run(stages, jobs, folder):
     """Run the stages, `jobs` at once, each when what it reads is made; stop at a failure."""
     os.makedirs(folder, exist_ok=True)
-    cost = {makes: int(words[words.index("--steps") + 1]) if "--steps" in words else 100
-            for makes, words in stages.items()}
+    cost = {makes: int(value_of(words, "--steps", 100)) for makes, words in stages.items()}
     read, running, began = needs(stages), {}, {}
     with open(f"{folder}/lock", "w") as lock:
         try:
@@ -357,9 +349,10 @@ def run(stages, jobs, folder):
                   file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         todo = [makes for makes in stages if not os.path.exists(makes)]
+        done = len(stages) - len(todo)
         bar = tqdm(total=sum(cost.values()), initial=sum(cost[m] for m in cost if m not in todo),
                    unit="step", disable=not sys.stderr.isatty(), smoothing=0)
-        bar.set_postfix(commands=f"{len(stages) - len(todo)}/{len(stages)}")
+        bar.set_postfix(commands=f"{done}/{len(stages)}")
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             while todo or running:
@@ -371,14 +364,14 @@ def run(stages, jobs, folder):
                 todo = [makes for makes in todo if makes not in running]
                 time.sleep(0.05)
                 for makes in [m for m in running if running[m].poll() is not None]:
+                    words = stages[makes]
                     if status := running.pop(makes).returncode:
-                        command = shlex.join(stages[makes])
-                        log = f"; see {out_of(stages[makes])}.log" if jobs > 1 else ""
-                        print(f"error: `python {command}` ended with status {status}{log}",
-                              file=sys.stderr)
+                        log = f"; see {value_of(words, '--out')}.log" if jobs > 1 else ""
+                        print(f"error: `python {shlex.join(words)}` ended with status {status}"
+                              f"{log}", file=sys.stderr)
                         raise SystemExit(status if status > 0 else 128 - status)
+                    done += 1
                     bar.update(cost[makes])
-                    done = len(stages) - len(todo) - len(running)
                     bar.set_postfix(commands=f"{done}/{len(stages)}")
                     bar.write(f"[{done}/{len(stages)}] {time.perf_counter() - began[makes]:.0f} s: "
                               f"{makes}", sys.stdout)
@@ -401,9 +394,9 @@ def table(runs, sft):
     for run in [sft, *runs]:
         cells = []
         for title, key in columns.items():
-            judged = "judged-sft.json" if title.endswith("SFT") else "metrics.jsonl"
-            if run == sft and judged == "metrics.jsonl":
-                judged = "judged-golden-policy.json"
+            judged = "judged-golden-policy.json" if run == sft else "metrics.jsonl"
+            if title == "win rate, SFT":
+                judged = "judged-sft.json"
             with open(f"{run}/{judged}", encoding="utf-8") as f:
                 found = json.loads(f.readlines()[-1])
             cells.append(f"{found[f'gold/{key}']:.3f} ± {found[f'gold/{key}_se']:.3f}"
@@ -417,11 +410,12 @@ def main(args):
         plots.fail(f"--jobs {args.jobs} is out of range")
     stages, drawn = experiments(args)
     if args.list is not None:
-        chosen = waves(stages)
-        if not 0 <= args.list <= len(chosen):
-            plots.fail(f"--list {args.list}: there are waves 1 to {len(chosen)}")
-        for words in sum(chosen[args.list - 1:args.list] if args.list else chosen, []):
-            print(f"python {shlex.join(words)}")
+        found = waves(stages)
+        if not 0 <= args.list <= len(found):
+            plots.fail(f"--list {args.list}: there are waves 1 to {len(found)}")
+        for wave in [found[args.list - 1]] if args.list else found:
+            for words in wave:
+                print(f"python {shlex.join(words)}")
         return
     run(stages, args.jobs, f"runs/{args.scale}")
     for (task, figure), runs in drawn.items():

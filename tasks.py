@@ -55,10 +55,10 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def fail(message):
-    """Print one line on stderr and exit with status 2: the user's input is at fault."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message, status=2):
+    """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(status)
 
 
 # ---- the toy language: everything visible, nothing downloaded ------------------------------------
@@ -176,24 +176,24 @@ class Drop(Exception):
     """A row that carries no usable preference; the message is its reason, as counted."""
 
 
-def from_transcripts(row):
-    """Anthropic/hh-rlhf: two transcripts; the prompt ends with the last "Assistant:"."""
-    mark = "\n\nAssistant:"
-    (prompt, chosen), (other, rejected) = (
-        (text[: cut + len(mark)], text[cut + len(mark):])
-        for text in (row["chosen"], row["rejected"]) for cut in [text.rfind(mark)])
-    if prompt != other or mark not in prompt:
+def from_conversations(row):
+    """Two whole conversations; the prompt is all but the last turn.
+
+    They are message lists (ultrafeedback), or transcripts (Anthropic/hh-rlhf), whose last turn
+    begins after the last "Assistant:".
+    """
+    if isinstance(row["chosen"], list):
+        (*prompt, chosen), (*other, rejected) = row["chosen"], row["rejected"]
+        if prompt != other:
+            raise Drop("sides part before the last turn")
+        return prompt, chosen["content"], rejected["content"]
+    (*prompt, chosen), (*other, rejected) = (
+        row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected"))
+    if prompt != other or not any(prompt):
         raise Drop("sides part before the last turn")
     if "\n\nHuman:" in chosen + rejected:
         raise Drop("a human turn inside the answer")
-    return prompt, chosen, rejected
-
-
-def from_messages(row):
-    """Whole conversations as message lists (ultrafeedback): the prompt is all but the last turn."""
-    if row["chosen"][:-1] != row["rejected"][:-1]:
-        raise Drop("sides part before the last turn")
-    return row["chosen"][:-1], row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+    return "".join(prompt), chosen, rejected
 
 
 def from_pair(row):
@@ -220,10 +220,9 @@ def from_arena_conversations(row):
         raise Drop("other language")
     if row["winner"] not in ("model_a", "model_b"):
         raise Drop("tie")
-    sides = [row["conversation_a"], row["conversation_b"]]
-    if row["winner"] == "model_b":
-        sides.reverse()
-    return from_messages({"chosen": sides[0], "rejected": sides[1]})
+    a, b = row["conversation_a"], row["conversation_b"]
+    a_wins = row["winner"] == "model_a"
+    return from_conversations({"chosen": a if a_wins else b, "rejected": b if a_wins else a})
 
 
 def from_arena_55k(row):
@@ -233,28 +232,23 @@ def from_arena_55k(row):
     users, a, b = (json.loads(row[k]) for k in ("prompt", "response_a", "response_b"))
     if not len(users) == len(a) == len(b):
         raise Drop("turns without a reply")
-    sides = [[message for user, reply in zip(users, side, strict=True)
-              for message in ({"role": "user", "content": user},
-                              {"role": "assistant", "content": reply})] for side in (a, b)]
-    if row["winner_model_b"] == "1":
-        sides.reverse()
-    return from_messages({"chosen": sides[0], "rejected": sides[1]})
+    a, b = ([message for user, reply in zip(users, side, strict=True)
+             for message in ({"role": "user", "content": user},
+                             {"role": "assistant", "content": reply})] for side in (a, b))
+    b_wins = row["winner_model_b"] == "1"
+    return from_conversations({"chosen": b if b_wins else a, "rejected": a if b_wins else b})
 
 
-def convert(row, name, as_text):
+SHAPES = {  # a key that only this shape has: the function that reads it
+    "winner_model_a": from_arena_55k, "conversation_a": from_arena_conversations,
+    "summaries": from_comparison, "prompt": from_pair,
+}
+
+
+def convert(row, as_text):
     """Bring one raw row of any known shape to (prompt, chosen, rejected), or raise Drop."""
-    if "winner_model_a" in row:
-        prompt, chosen, rejected = from_arena_55k(row)
-    elif "conversation_a" in row:
-        prompt, chosen, rejected = from_arena_conversations(row)
-    elif "summaries" in row:
-        prompt, chosen, rejected = from_comparison(row)
-    elif "prompt" in row:
-        prompt, chosen, rejected = from_pair(row)
-    elif isinstance(row["chosen"], list):
-        prompt, chosen, rejected = from_messages(row)
-    else:
-        prompt, chosen, rejected = from_transcripts(row)
+    shape = next((SHAPES[key] for key in SHAPES if key in row), from_conversations)
+    prompt, chosen, rejected = shape(row)
     if None in (prompt, chosen, rejected) or (
             isinstance(prompt, list) and any(m["content"] is None for m in prompt)):
         raise Drop("null")
@@ -297,27 +291,24 @@ def raw_rows(path):
 
 
 def hub_rows(name):
-    """Yield (row number, row) of a hub data set: its own file, or parquet through `datasets`."""
-    repo, file = HUB[name]
-    if file:
-        from huggingface_hub import hf_hub_download
+    """(row number, row) of a hub data set: its own file, or parquet through `datasets`."""
+    from huggingface_hub import hf_hub_download
 
+    repo, file = HUB[name]
+    if not file:
         try:
-            path = hf_hub_download(repo, file, repo_type="dataset")
-        except Exception as e:  # the hub's many errors all mean: not to be had from here
-            fail(f"cannot download {repo}/{file} ({type(e).__name__}); pass a local copy by --file")
-        yield from raw_rows(path)
-        return
+            from datasets import load_dataset
+        except ImportError:
+            fail(f"{repo} is parquet: `pip install datasets`, or pass a local copy by --file")
     try:
-        from datasets import load_dataset
-    except ImportError:
-        fail(f"{repo} is parquet: `pip install datasets`, or pass a local copy by --file")
-    try:
-        data = load_dataset(repo, data_files="comparisons/train/*.parquet", split="train",
-                            revision="refs/convert/parquet")  # by path: the branch has no configs
-    except Exception as e:
-        fail(f"cannot download {repo} ({type(e).__name__}); pass a local copy by --file")
-    yield from enumerate(data, 1)
+        if file:
+            return raw_rows(hf_hub_download(repo, file, repo_type="dataset"))
+        return enumerate(load_dataset(  # by path: the branch has no configs
+            repo, data_files="comparisons/train/*.parquet", split="train",
+            revision="refs/convert/parquet"), 1)
+    except Exception as e:  # the hub's many errors all mean: not to be had from here
+        what = f"{repo}/{file}" if file else repo
+        fail(f"cannot download {what} ({type(e).__name__}); pass a local copy by --file")
 
 
 def real_pairs(name, file, limit, as_text):
@@ -325,7 +316,7 @@ def real_pairs(name, file, limit, as_text):
     pairs, dropped = [], Counter()
     for number, row in raw_rows(file) if file else hub_rows(name):
         try:
-            prompt, chosen, rejected = convert(row, name, as_text)
+            prompt, chosen, rejected = convert(row, as_text)
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         except Drop as reason:
             dropped[str(reason)] += 1
@@ -388,7 +379,7 @@ def write_jsonl(path, rows):
 
 
 def main(args):
-    out = args.out or os.path.join("data", args.name)
+    out, toy = args.out or os.path.join("data", args.name), args.name == "toy"
     for flag in ("pairs", "width", "layers", "vocab"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             fail(f"--{flag} {getattr(args, flag)} is out of range")
@@ -398,10 +389,8 @@ def main(args):
         fail("`tasks.py file` needs --file PAIRS.jsonl")
     if os.path.exists(os.path.join(out, "initial.jsonl")):
         fail(f"{out}/initial.jsonl exists; choose another --out or remove it")
-    if args.name == "toy":
+    if toy:
         pairs = toy_pairs(args.pairs or 64_000, args.seed, TOY_NOISE)
-        os.makedirs(out, exist_ok=True)
-        write_jsonl(f"{out}/validation.jsonl", toy_pairs(2_000, f"{args.seed}-validation", 0))
     else:
         pairs, dropped = real_pairs(args.name, args.file, args.pairs, args.text)
         if dropped:
@@ -410,12 +399,13 @@ def main(args):
         if not pairs:
             fail(f"{args.file or args.name}: no usable pair is left")
     os.makedirs(out, exist_ok=True)
-    if args.name == "toy" or args.scratch:
+    if toy:
+        write_jsonl(f"{out}/validation.jsonl", toy_pairs(2_000, f"{args.seed}-validation", 0))
+    if toy or args.scratch:
         texts = [t if isinstance(t, str) else "".join(f"\n\nHuman: {m['content']}" for m in t)
                  for pair in pairs for t in pair.values()]
-        make_base(texts, f"{out}/base", args.width or (64 if args.name == "toy" else 256),
-                  args.layers or (2 if args.name == "toy" else 4), args.vocab, args.seed,
-                  words=args.name == "toy")
+        make_base(texts, f"{out}/base", args.width or (64 if toy else 256),
+                  args.layers or (2 if toy else 4), args.vocab, args.seed, words=toy)
     write_jsonl(f"{out}/initial.jsonl", pairs)
     print(f"{out}/initial.jsonl: {len(pairs):,} pairs")
 

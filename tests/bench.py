@@ -141,7 +141,7 @@ def offline_step(name, args, policy, pairs):
     batches = [[pairs[j % len(pairs)] for j in range(i * size, (i + 1) * size)]
                for i in range(args.steps + 1)]
     logps_of = dpo.plain_logps if name == "plain" else dpo.choose_logps(policy, pairs)
-    refs = [dpo.reference_logps(policy, logps_of, b, args.tokens_per_microbatch) for b in batches]
+    refs = [dpo.batch_logps(policy, logps_of, b, args.tokens_per_microbatch) for b in batches]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
     def step(i):
@@ -204,20 +204,21 @@ def trl_step(args):
 
 def online_step(args, policy, pairs):
     """A whole step of online_rlhf.py, a fresh pairwise preference model as labeller."""
-    labeller, _ = reward.load_preference_model(args.model, policy.device, kind="pairwise")
+    labeller, _ = reward.load_preference_model(args.model, args, "pairwise")
     reference, size = copy.deepcopy(policy), args.batch_size
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     logps_of = dpo.choose_logps(policy, pairs)
 
     def step(i):
         prompts = [x for x, _, _ in pairs[i * size:(i + 1) * size]]
-        with online_rlhf.autocast(policy.device):
+        with online_rlhf.autocast():
             responses = online_rlhf.sample(policy, prompts, 2, args.new_tokens, [-1],
                                            torch.Generator().manual_seed(i),
                                            tokens=args.tokens_per_microbatch)
         batch = list(zip(prompts, responses[::2], responses[1::2], strict=True))
         reward.prefer(labeller, batch, args.tokens_per_microbatch)
-        ref = dpo.reference_logps(reference, logps_of, batch, args.tokens_per_microbatch)
+        with online_rlhf.autocast():
+            ref = dpo.batch_logps(reference, logps_of, batch, args.tokens_per_microbatch)
         dpo.preference_step(policy, logps_of, partial(ipo.ipo_loss, beta=0.1), batch, ref, 0.1,
                             args.tokens_per_microbatch)
         dpo.optimizer_step(policy, optimizer, 1e-5, "bench")
@@ -233,7 +234,7 @@ def sampler(args, policy, tokenizer, pairs, varied):
         end_at_random(policy, eos)
 
     def draw(i):
-        with gold_eval.autocast(policy.device):
+        with gold_eval.autocast():
             responses = gold_eval.sample(policy, prompts, 2, args.new_tokens, [eos],
                                          torch.Generator().manual_seed(i),
                                          tokens=args.tokens_per_microbatch)
@@ -270,7 +271,7 @@ def generate(args, policy, tokenizer, pairs, varied):
 
 def evaluation(args, policy, tokenizer, pairs):
     """gold_eval.evaluate on --prompts prompts."""
-    gold, _ = reward.load_preference_model(args.model, policy.device, kind="pairwise")
+    gold, _ = reward.load_preference_model(args.model, args, "pairwise")
     prompts = [x for x, _, _ in pairs[:args.prompts]]
     logps_of = gold_eval.choose_logps(policy, pairs)
     judge = gold_eval.Judge(
@@ -288,13 +289,13 @@ def measure(name, args):
     """One measure in this process, as one JSON line."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.trust_remote_code = False
     with open(os.devnull, "w") as quiet:
         sys.stdout, out = quiet, sys.stdout
         if name == "trl":
             found = trl_step(args)
         else:
-            policy, tokenizer = dpo.load_policy(args.model, False, device)
+            policy, tokenizer = dpo.load_model(transformers.AutoModelForCausalLM, args.model, args)
             pairs = dpo.load_pairs(args.data, tokenizer, args.max_prompt_tokens,
                                    args.max_response_tokens)
             if name == "online":

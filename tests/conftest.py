@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers  # noqa: E402
 
 transformers.logging.set_verbosity_error()
+ARGS = SimpleNamespace(trust_remote_code=False, max_prompt_tokens=32, max_response_tokens=40)
 SHARED = Path(os.environ.get("PREFERENCE_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -107,6 +109,13 @@ def train(script, out, **kwargs):
     module.main(module.parse_args(flags(
         out=out, max_prompt_tokens=32, max_response_tokens=40, **kwargs)))
     return rows_of(f"{out}/metrics.jsonl")
+
+
+def load_model(folder, kind=transformers.AutoModelForCausalLM):
+    """(model, tokenizer) of a folder, as the scripts load them."""
+    import dpo
+
+    return dpo.load_model(kind, str(folder), ARGS)
 
 
 def rows_of(path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import random_pairs, tiny
+from conftest import load_model, random_pairs, tiny
 from test_sampler import probabilities
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
@@ -128,7 +128,7 @@ def test_evaluate_at_the_reference(toy):
         "judge", "--model", f"{toy}/sft", "--reference", f"{toy}/sft", "--gold", f"{toy}/gold",
         "--baseline", f"{toy}/baseline.jsonl", "--data", f"{toy}/data/golden.jsonl", "--out", "x",
         "--max-prompt-tokens", "32", "--max-response-tokens", "40"])
-    policy, tokenizer = gold_eval.load_policy(f"{toy}/sft", False, torch.device("cpu"))
+    policy, tokenizer = load_model(f"{toy}/sft")
     judge = gold_eval.load_judge(args, args.data, policy, tokenizer)
     metrics, samples = gold_eval.evaluate(policy, judge)
     assert metrics["gold/kl"] == 0 and metrics["gold/chosen_logratio"] == 0

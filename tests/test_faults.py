@@ -47,14 +47,14 @@ def test_data_that_is_odd_but_right(tmp_path):
 
 
 @pytest.mark.parametrize("row, says", [
-    (pair(prompt="\ud800"), "half a surrogate pair"),
-    (pair(chosen=None), "must be strings"),
-    (pair(chosen=[]), "must be strings"),
-    (pair(prompt={"role": "user"}), "must be strings"),
-    ({"prompt_ids": [3], "chosen_ids": [99], "rejected_ids": [1]}, "tokenizer has"),
-    ({"prompt_ids": [], "chosen_ids": [4], "rejected_ids": [1]}, "tokenizer has"),
-    ({"prompt_ids": [3], "chosen_ids": [1.0], "rejected_ids": [1]}, "tokenizer has"),
-    ({"prompt_ids": [3], "chosen_ids": "ab", "rejected_ids": [1]}, "tokenizer has"),
+    (pair(prompt="\ud800"), "surrogates not allowed; prompt, chosen"),
+    (pair(chosen=None), "must be texts"),
+    (pair(chosen=[]), "must be texts"),
+    (pair(prompt={"role": "user"}), "must be texts"),
+    ({"prompt_ids": [3], "chosen_ids": [99], "rejected_ids": [1]}, "ids must be the tokenizer's"),
+    ({"prompt_ids": [], "chosen_ids": [4], "rejected_ids": [1]}, "ids must be the tokenizer's"),
+    ({"prompt_ids": [3], "chosen_ids": [1.0], "rejected_ids": [1]}, "ids must be the tokenizer's"),
+    ({"prompt_ids": [3], "chosen_ids": "ab", "rejected_ids": [1]}, "ids must be the tokenizer's"),
     ({"prompt_ids": 3, "chosen_ids": [1], "rejected_ids": [1]}, "must be"),
 ])
 def test_data_that_is_wrong(tmp_path, capsys, row, says):
@@ -323,7 +323,8 @@ def test_no_pickle_anywhere():
         for word in ("torch.load", "torch.save", "pickle", "eval(", "exec("):
             assert word not in text.replace("model.eval()", "").replace(".eval()", ""), (path, word)
         if "from_pretrained(" in text and path.name not in ("tasks.py",):
-            assert "use_safetensors=True" in text and "trust_remote_code=trust_remote_code" in text
+            assert "use_safetensors=True" in text
+            assert '"trust_remote_code": args.trust_remote_code' in text
 
 
 def test_pickled_weights_are_refused(toy, tmp_path):

@@ -95,7 +95,7 @@ def test_chunks_of_the_head_change_nothing(monkeypatch, at_once, kind):
 def test_accumulation_equals_the_whole_batch():
     """Micro-batches of any size give the gradient of the batch's mean: 2 x 4 = 1 x 8."""
     pairs, grads, sizes = random_pairs(8, shortest=8), [], []
-    ref = dpo.reference_logps(tiny(seed=3), dpo.pair_logps, pairs, 10_000)
+    ref = dpo.batch_logps(tiny(seed=3), dpo.pair_logps, pairs, 10_000)
     loss_fn = partial(dpo.dpo_loss, beta=0.1)
     for tokens in (10_000, 4 * max(sum(map(len, p)) for p in pairs), 1):
         model = tiny()
@@ -112,7 +112,7 @@ def test_first_loss_is_log_2_and_the_reference_stays():
     policy, pairs = tiny(), random_pairs(8)
     reference = copy.deepcopy(policy)
     before = [p.clone() for p in reference.parameters()]
-    ref = dpo.reference_logps(reference, dpo.pair_logps, pairs, 128)
+    ref = dpo.batch_logps(reference, dpo.pair_logps, pairs, 128)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     losses = []
     for _ in range(4):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, flags, rows_of, same_weights, train, weights_of
+from conftest import ARGS, ROOT, flags, rows_of, same_weights, train, weights_of
 
 LOSSES = ["ipo", "dpo", "slic", "bo2"]
 SHORT = dict(steps=4, batch_size=8, warmup=2, lr=1e-2)
@@ -48,7 +48,7 @@ def test_reference_log_probs_are_kept(toy, tmp_path, monkeypatch):
 
     first = timeless(offline(toy, "dpo", f"{tmp_path}/a"))
     (kept,) = tmp_path.glob("reference-*.safetensors")
-    monkeypatch.setattr(dpo, "reference_logps", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(dpo, "batch_logps", lambda *_: pytest.fail("computed again"))
     assert timeless(offline(toy, "dpo", f"{tmp_path}/b")) == first
     monkeypatch.undo()
     offline(toy, "dpo", f"{tmp_path}/c", order="kept")
@@ -108,7 +108,7 @@ def test_the_stream_is_what_the_labeller_prefers(toy, tmp_path):
 
     online(toy, f"{tmp_path}/o")
     rows = rows_of(f"{tmp_path}/o/stream.jsonl")
-    model, _ = reward.load_preference_model(f"{toy}/proxy", torch.device("cpu"))
+    model, _ = reward.load_preference_model(f"{toy}/proxy", ARGS)
     pairs = [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows]
     margins = reward.prefer(model, pairs)
     assert (margins > -1e-5).all() and margins.max() > 0
@@ -145,12 +145,12 @@ def test_stopped_and_resumed_equals_uninterrupted(toy, tmp_path, script):
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import {script} as script
-write = script.append_jsonl
-def append_jsonl(path, rows):
-    write(path, rows)
-    if path.endswith("metrics.jsonl") and rows[0]["step"] == 2:
+update = script.optimizer_step
+def optimizer_step(model, optimizer, lr, what):
+    if ": step 2, " in what:
         os.kill(os.getpid(), signal.SIGTERM)
-script.append_jsonl = append_jsonl
+    return update(model, optimizer, lr, what)
+script.optimizer_step = optimizer_step
 script.main(script.parse_args(sys.argv[1:]))
 """
     out = f"{tmp_path}/stopped"
@@ -171,14 +171,14 @@ script.main(script.parse_args(sys.argv[1:]))
 def test_a_signal_in_the_last_step_finishes(toy, tmp_path, monkeypatch):
     import dpo
 
-    write = dpo.append_jsonl
+    update = dpo.optimizer_step
 
-    def append_jsonl(path, rows):
-        write(path, rows)
-        if rows[0]["step"] == SHORT["steps"]:
+    def optimizer_step(*args):
+        if f": step {SHORT['steps']}, " in args[-1]:
             os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
 
-    monkeypatch.setattr(dpo, "append_jsonl", append_jsonl)
+    monkeypatch.setattr(dpo, "optimizer_step", optimizer_step)
     offline(toy, "dpo", f"{tmp_path}/a")
     assert os.path.exists(f"{tmp_path}/a/final/model.safetensors")
 
@@ -294,16 +294,16 @@ def bad(tmp_path, toy):
             "d.jsonl", '{"prompt": 3, "chosen": "b", "rejected": "c"}\n')}), "d.jsonl:1"),
         ("empty", "dpo", flags(**dpo | {"data": file("e.jsonl", "\n")}), "no pairs"),
         ("cut gzip", "dpo", flags(**dpo | {"data": f"{tmp_path}/cut.jsonl.gz"}), "cut.jsonl.gz:"),
-        ("no tokenizer", "dpo", flags(**dpo | {"model": f"{tmp_path}/bare"}), "no tokenizer"),
-        ("vocabulary", "dpo", flags(**dpo | {"model": f"{tmp_path}/large"}), "embeds only"),
+        ("no tokenizer", "dpo", flags(**dpo | {"model": f"{tmp_path}/bare"}), "its tokenizer"),
+        ("vocabulary", "dpo", flags(**dpo | {"model": f"{tmp_path}/large"}), "that the model"),
         ("cut model", "dpo", flags(**dpo | {"model": f"{tmp_path}/cut_model"}),
          "cannot load a model"),
         ("cut tokenizer", "dpo", flags(**dpo | {"model": f"{tmp_path}/cut_tokens"}),
-         "no tokenizer"),
-        ("no EOS", "dpo", flags(**dpo | {"model": f"{tmp_path}/endless"}), "no EOS token"),
+         "its tokenizer"),
+        ("no EOS", "dpo", flags(**dpo | {"model": f"{tmp_path}/endless"}), "EOS None"),
         ("long stream", "dpo", flags(**dpo | {"data": file("s.jsonl", json.dumps(
             {"prompt_ids": [5] * 9, "chosen_ids": [6], "rejected_ids": [7]}) + "\n")},
-            max_prompt_tokens=8), "s.jsonl:1: 9 + 1 ids exceed"),
+            max_prompt_tokens=8), "s.jsonl:1: ids must be the tokenizer's, and at most --max"),
         ("no model", "dpo", flags(**dpo | {"model": f"{tmp_path}/none"}), "cannot load a model"),
         ("run exists", "dpo", flags(**dpo | {"out": f"{tmp_path}/started"}), "--resume"),
         ("run finished", "sft", flags(**dpo | {"out": f"{toy}/sft"}), "finished"),

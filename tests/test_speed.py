@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_model
 
 import dpo
 
@@ -66,7 +66,7 @@ def test_memory_grows_linearly_with_tokens():
 
 def test_cost_is_flat_from_1k_to_100k_pairs(toy, tmp_path):
     """Seconds a pair to read, order, batch and pack: the same for a hundred times the pairs."""
-    _, tokenizer = dpo.load_policy(f"{toy}/sft", False, "cpu")
+    _, tokenizer = load_model(f"{toy}/sft")
     lines = (toy / "data" / "initial.jsonl").read_text().splitlines()
 
     def seconds_a_pair(count):

@@ -77,11 +77,11 @@ def test_toy_base_speaks_every_word(tmp_path):
         assert tokenizer.decode(ids) == row["chosen"]
 
 
-def convert(rows, name="file", as_text=False):
+def convert(rows, as_text=False):
     pairs, dropped = [], Counter()
     for row in rows:
         try:
-            pairs.append(tasks.convert(row, name, as_text))
+            pairs.append(tasks.convert(row, as_text))
         except tasks.Drop as reason:
             dropped[str(reason)] += 1
     return pairs, dropped
