@@ -43,7 +43,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from reward import halve, load_labeller, prefer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 23)  # 256 MB; near CPU caches 32 MB
+LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 23)  # in fp32 256 MB; on CPU 32 MB
 # bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere
 autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
 
@@ -136,8 +136,9 @@ def turn_end(tokenizer):
 def read_pairs(path, tokenizer, *limits):
     """Yield each row's (prompt, chosen, rejected) and the id of the token that ends its responses.
 
-    The three are texts, or in a stream token ids, which end as they are (None). A prompt that is a
-    list of messages is answered up to the end of a turn, a text up to EOS.
+    The three are texts. A prompt that is a list of messages is answered up to the end of a turn, a
+    text up to EOS. Rows of a stream (stream.jsonl of an online run) hold three lists of token ids,
+    at most as long as `limits`, which already end as they should: None.
     """
     turn, known = turn_end(tokenizer), range(len(tokenizer))
     for where, row in read_jsonl(path):
@@ -171,12 +172,12 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
     a turn) exactly once. Over-long prompts lose tokens on the left, over-long responses on the
     right (and so their EOS): counted, printed. A stream's ids ("prompt_ids", ...) are kept.
     """
-    bos, eos, turn = tokenizer.bos_token_id, tokenizer.eos_token_id, turn_end(tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
     shared = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
     pairs, cut_prompts, cut_responses = [], 0, 0
     rows = read_pairs(path, tokenizer, max_prompt, max_response, max_response)
-    while some := list(islice(rows, 4096)):  # of more rows than these no text is held
+    while some := list(islice(rows, 4096)):  # the text of no more rows is held
         texts = [text for pair, end in some if end is not None for text in pair]
         encoded = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
         for pair, end in some:
@@ -185,7 +186,7 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
                 prompt = [bos, *prompt] if adds_bos and prompt[:1] != [bos] else prompt
                 over, kept = max(len(prompt) - max_prompt, 0), int(prompt[:1] == [bos])
                 prompt = prompt[:kept] + prompt[kept + over:] or [eos]  # to predict from something
-                responses = [[i for i in ids if i not in (eos, turn)] + [end] for ids in responses]
+                responses = [[i for i in ids if i not in (eos, end)] + [end] for ids in responses]
                 cut_prompts += over > 0
                 cut_responses += sum(len(ids) > max_response for ids in responses)
                 pair = prompt, *(ids[:max_response] for ids in responses)
@@ -200,7 +201,8 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
 def make_batches(steps, batch_size, rows, shuffle_window, seed):
     """Row numbers of each step's batch: epochs follow each other, no row is left out.
 
-    Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps the order.
+    Rows are shuffled within windows of so many batches, 0 being the whole file. In one batch the
+    order is of no account, so that 1 keeps that of the file.
     """
     order, window = [], 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
     for epoch in range(-(-steps * batch_size // rows)):
@@ -213,17 +215,17 @@ def make_batches(steps, batch_size, rows, shuffle_window, seed):
 def micro_batches(rows, tokens, extra=0, padding=0.2):
     """Split a batch into lists of its indices, shortest rows first.
 
-    A row is some lists of ids, its length theirs together and `extra`. Rows of one micro-batch are
-    of similar lengths: at most `tokens` in all when padded, at most a share `padding` of it.
+    A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
+    row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
-    groups, real = [], 0
+    groups, group, real_tokens = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
-        real += lengths[i]
-        if not groups or (len(groups[-1]) + 1) * lengths[i] > min(tokens, real / (1 - padding)):
-            groups.append([])
-            real = lengths[i]
-        groups[-1].append(i)
+        real_tokens += lengths[i]
+        if not group or (len(group) + 1) * lengths[i] > min(tokens, real_tokens / (1 - padding)):
+            group, real_tokens = [], lengths[i]
+            groups.append(group)
+        group.append(i)
     return groups
 
 
@@ -242,13 +244,14 @@ def pack_pairs(pairs, device):
     rows = [torch.tensor([x + c + r, [*range(len(x + c)), *range(len(x), len(x + r))],
                           [1] * len(x) + [2] * len(c) + [3] * len(r)]).T for x, c, r in pairs]
     ids, positions, segments = pad_sequence(rows, batch_first=True).unbind(-1)  # each (B, T)
+    length = ids.shape[1]
     query, key = segments[:, None, :, None], segments[:, None, None, :]
-    causal = torch.ones(2 * ids.shape[1:], dtype=torch.bool).tril()
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
     visible = causal & ((key == 1) | (key == query))
-    row, column = (segments > 1).nonzero(as_tuple=True)
-    prompt = (segments == 1).sum(1)[row]
-    before = torch.where(positions[row, column] == prompt, prompt, column) - 1
-    sources = row * ids.shape[1] + before
+    row, column = (segments > 1).nonzero(as_tuple=True)  # of every target
+    prompt_length = (segments == 1).sum(1)[row]
+    is_first = positions[row, column] == prompt_length  # of its response: the last p predicts it
+    sources = row * length + torch.where(is_first, prompt_length, column) - 1
     owners = row + len(pairs) * (segments[row, column] - 2)
     return [x.to(device) for x in (
         ids, positions, segments, visible, sources, ids[row, column], owners)]
@@ -318,21 +321,22 @@ def plain_logps(model, pairs):
 def choose_logps(model, pairs):
     """`pair_logps` where it equals `plain_logps` but for rounding on a few pairs, else the latter.
 
-    fp32 rounds the log-prob of a token, at 50,000 tokens of vocabulary, by up to 1e-5 nats and 1e-5
-    of itself: ten times that is let pass. A mask that is not taken shows in whole nats.
+    Equal is within 1e-4 of (|log-prob| + tokens): ten times what fp32 loses at 50,000 tokens of
+    vocabulary. A mask that the model does not take shows in whole nats.
     """
-    def gap(pair):
-        plain, tokens = plain_logps(model, [pair]), [[len(response)] for response in pair[1:]]
-        return ((pair_logps(model, [pair]) - plain).abs()
-                / (plain.abs() + torch.tensor(tokens).to(plain))).max().item()
-
-    try:  # the longest is among them: a window would show
-        found = max(map(gap, [*pairs[:3], max(pairs, key=lambda pair: sum(map(len, pair)))]))
-        if found < 1e-4:
-            return pair_logps
+    longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))  # shows a window
+    pairs, worst = [*pairs[:3], longest], 0.0
+    plain = [plain_logps(model, [pair]) for pair in pairs]
+    try:
+        for pair, logps in zip(pairs, plain, strict=True):
+            tokens = torch.tensor([[len(response)] for response in pair[1:]]).to(logps)
+            gap = (pair_logps(model, [pair]) - logps).abs() / (logps.abs() + tokens)
+            worst = max(worst, gap.max().item())
     except Exception as e:  # the model takes no such mask
-        found = type(e).__name__
-    print(f"this model does not take one row a pair (gap {found}): using plain rows")
+        worst = type(e).__name__
+    if isinstance(worst, float) and worst < 1e-4:
+        return pair_logps
+    print(f"this model does not take one row a pair (gap {worst}): using plain rows")
     return plain_logps
 
 
@@ -562,23 +566,24 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
 def batch_logps(model, logps_of, pairs, tokens):
     """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
     logps = torch.zeros(2, len(pairs))
-    for rows in micro_batches(pairs, tokens):
-        logps[:, rows] = logps_of(model, [pairs[i] for i in rows]).cpu()
+    for group in micro_batches(pairs, tokens):
+        logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
     return logps
 
 
 def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
     """Accumulate the gradient of the batch's mean loss, micro-batch by micro-batch.
 
-    Returns the field's metrics. Implicit rewards are beta * (logps - ref_logps); Bo2 has none.
+    Returns metrics by the names that the field uses. Implicit rewards are beta * (logps -
+    ref_logps); where beta is None (Bo2) there are none.
     """
     losses, logps = torch.zeros(len(pairs)), torch.zeros(2, len(pairs))
-    for rows in micro_batches(pairs, tokens):
+    for group in micro_batches(pairs, tokens):
         with autocast():
-            batch_logps = logps_of(policy, [pairs[i] for i in rows])
-        loss = loss_fn(batch_logps, ref_logps[:, rows].to(policy.device))  # (b,)
+            group_logps = logps_of(policy, [pairs[i] for i in group])  # (2, pairs of the group)
+        loss = loss_fn(group_logps, ref_logps[:, group].to(policy.device))
         (loss.sum() / len(pairs)).backward()
-        losses[rows], logps[:, rows] = loss.detach().cpu(), batch_logps.detach().cpu()
+        losses[group], logps[:, group] = loss.detach().cpu(), group_logps.detach().cpu()
     metrics = {"loss": losses, "logps/chosen": logps[0]}
     if beta is not None:
         chosen, rejected = beta * (logps - ref_logps)
@@ -609,9 +614,10 @@ def open_run(args):
     if not os.path.exists(f"{args.out}/metrics.jsonl"):
         os.makedirs(args.out, exist_ok=True)
         here, cuda = os.path.dirname(os.path.abspath(__file__)), DEVICE.type == "cuda"
+        status, commit = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
         with open(f"{args.out}/args.json", "w") as f:
-            json.dump(given | {"commit": subprocess.getoutput(f'git -C "{here}" rev-parse HEAD'),
-                               "torch": torch.__version__, "transformers": transformers.__version__,
+            json.dump(given | {"commit": "" if status else commit, "torch": torch.__version__,
+                               "transformers": transformers.__version__,
                                "device": torch.cuda.get_device_name() if cuda else "cpu"}, f)
     elif not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
@@ -622,10 +628,11 @@ def open_run(args):
         fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
 
 
-def load_checkpoint(path, model, optimizer):
-    """All that a checkpoint holds, by name, in memory shared with model and optimizer, as saved.
+def training_state(path, model, optimizer):
+    """All that a checkpoint holds, by name; what `path` holds, if it exists, is copied into it.
 
-    Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
+    The tensors are those of model and optimizer (whose moments are made here): to save is to write
+    them. Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
     """
     state = {"done": torch.tensor(0)}
     for name, weight in model.named_parameters():
@@ -676,7 +683,7 @@ def main(args):
     batches = make_batches(args.steps, args.batch_size, len(data), 0, args.seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     save_path = f"{args.out}/checkpoint.safetensors"
-    state = load_checkpoint(save_path, policy, optimizer)
+    state = training_state(save_path, policy, optimizer)
     start = int(state["done"])
     for name in ("metrics", "samples", "stream"):
         cut_jsonl(f"{args.out}/{name}.jsonl", start)

@@ -36,7 +36,7 @@ def test_the_shared_blocks_are_there():
     copies = {name: next(iter(texts.values())) for name, texts in definitions().items()}
     offline = {"dpo.py", "ipo.py", "slic.py", "bo2.py"}
     for name in ("pack_pairs", "pair_logps", "preference_step", "micro_batches", "optimizer_step",
-                 "load_checkpoint", "load_pairs", "make_batches", "open_run"):
+                 "training_state", "load_pairs", "make_batches", "open_run"):
         assert offline | {"online_rlhf.py"} <= set(copies[name]), name
     for name in ("sample", "pick_tokens", "SlotLayer"):
         assert set(copies[name]) == {"online_rlhf.py", "gold_eval.py"}

@@ -245,7 +245,7 @@ def test_resume_where_a_weight_never_had_a_gradient(tmp_path):
     for model in (tiny(), tiny(seed=1)):
         model.tower = torch.nn.Linear(3, 3)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        state = dpo.load_checkpoint(path, model, optimizer)
+        state = dpo.training_state(path, model, optimizer)
         if not saved:
             before = model.tower.weight.clone()
             dpo.pair_logps(model, random_pairs(4)).sum().backward()
