@@ -271,8 +271,21 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
 
 
 # ---- log-probs and KL ----------------------------------------------------------------------------
+def plain_logps(model, pairs):
+    """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
+    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
+    labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
+    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
+    logits = model(input_ids=ids, use_cache=False,
+                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
+    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
+                           reduction="none")  # 0 where a label is -100
+    return -nlls.view(2, len(pairs), -1).sum(-1)
+
+
 def pair_logps(model, pairs):
-    """Summed response log-probs of B pairs as (2, B), chosen first; one shared row a pair.
+    """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
     The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
     once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
@@ -290,19 +303,6 @@ def pair_logps(model, pairs):
     nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
                         for chunk in chunks), nll(*last)])
     return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
-
-
-def plain_logps(model, pairs):
-    """The same as `pair_logps` the plain way: one row a response, no mask tricks, no chunks."""
-    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
-    ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
-    labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
-    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
-    logits = model(input_ids=ids, use_cache=False,
-                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
-    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
-                           reduction="none")  # 0 where a label is -100
-    return -nlls.view(2, len(pairs), -1).sum(-1)
 
 
 @torch.no_grad()

@@ -224,6 +224,45 @@ def micro_batches(rows, tokens, extra=0, padding=0.2):
     return groups
 
 
+# ---- model, log-probs, loss ----------------------------------------------------------------------
+def load_model(kind, name, args, **options):
+    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub.
+
+    `kind` is the class of transformers to load it by, `options` are for its from_pretrained.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
+    remote = {"trust_remote_code": args.trust_remote_code}
+    try:
+        model = kind.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, **remote, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+    except Exception as e:  # many kinds; each means that this model is not to be had
+        fail(f"cannot load a model and its tokenizer from {name}: {str(e)[:200]}")
+    known, embedded = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if tokenizer.eos_token_id is None or not 1 < known <= embedded:
+        fail(f"{name}: its tokenizer has {known} tokens, EOS {tokenizer.eos_token}; needed are an "
+             f"EOS and at most the {embedded} tokens that the model embeds")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
+        fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
+    return model.to(DEVICE).eval(), tokenizer
+
+
+def plain_logps(model, pairs):
+    """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
+    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
+    labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
+    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
+    logits = model(input_ids=ids, use_cache=False,
+                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
+    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
+                           reduction="none")  # 0 where a label is -100
+    return -nlls.view(2, len(pairs), -1).sum(-1)
+
+
 def pack_pairs(pairs, device):
     """Lay out B pairs as B rows: the prompt once, both responses behind it.
 
@@ -252,34 +291,8 @@ def pack_pairs(pairs, device):
         ids, positions, segments, visible, sources, ids[row, column], owners)]
 
 
-# ---- model, log-probs, loss ----------------------------------------------------------------------
-def load_model(kind, name, args, **options):
-    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub.
-
-    `kind` is the class of transformers to load it by, `options` are for its from_pretrained.
-    """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
-    remote = {"trust_remote_code": args.trust_remote_code}
-    try:
-        model = kind.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, **remote, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
-    except Exception as e:  # many kinds; each means that this model is not to be had
-        fail(f"cannot load a model and its tokenizer from {name}: {str(e)[:200]}")
-    known, embedded = len(tokenizer), model.get_input_embeddings().num_embeddings
-    if tokenizer.eos_token_id is None or not 1 < known <= embedded:
-        fail(f"{name}: its tokenizer has {known} tokens, EOS {tokenizer.eos_token}; needed are an "
-             f"EOS and at most the {embedded} tokens that the model embeds")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
-        fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
-    return model.to(DEVICE).eval(), tokenizer
-
-
 def pair_logps(model, pairs):
-    """Summed response log-probs of B pairs as (2, B), chosen first; one shared row a pair.
+    """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
     The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
     once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
@@ -297,19 +310,6 @@ def pair_logps(model, pairs):
     nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
                         for chunk in chunks), nll(*last)])
     return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
-
-
-def plain_logps(model, pairs):
-    """The same as `pair_logps` the plain way: one row a response, no mask tricks, no chunks."""
-    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
-    ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
-    labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
-    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
-    logits = model(input_ids=ids, use_cache=False,
-                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
-    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
-                           reduction="none")  # 0 where a label is -100
-    return -nlls.view(2, len(pairs), -1).sum(-1)
 
 
 @torch.no_grad()
