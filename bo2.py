@@ -317,13 +317,13 @@ def choose_logps(model, pairs):
     vocabulary. A mask that the model does not take shows in whole nats.
     """
     longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))  # shows a window
-    pairs, worst = [*pairs[:3], longest], 0.0
+    pairs, gaps = [*pairs[:3], longest], []
     plain = [plain_logps(model, [pair]) for pair in pairs]
     try:
         for pair, logps in zip(pairs, plain, strict=True):
             tokens = torch.tensor([[len(response)] for response in pair[1:]]).to(logps)
-            gap = (pair_logps(model, [pair]) - logps).abs() / (logps.abs() + tokens)
-            worst = max(worst, gap.max().item())
+            gaps.append((pair_logps(model, [pair]) - logps).abs() / (logps.abs() + tokens))
+        worst = torch.stack(gaps).max().item()  # NaN, if there is one
     except Exception as e:  # the model takes no such mask
         worst = type(e).__name__
     if isinstance(worst, float) and worst < 1e-4:

@@ -441,17 +441,18 @@ def check_mask(model, pairs):
         return model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
                                 use_cache=False).last_hidden_state[0]
 
-    longest, gap = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:]))), 0.0
+    longest, gaps = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:]))), []
     try:
         for prompt, a, b in [*pairs[:2], longest]:
             ids, positions, _, visible, *_ = pack_pairs([(prompt, a, b)], model.device)
             first, second = (hidden(torch.tensor([prompt + y], device=model.device))
                              for y in (a, b))
             alone = torch.cat([first, second[len(prompt):]])
-            gap = max(gap, ((hidden(ids, visible, positions) - alone).norm() / alone.norm()).item())
+            gaps.append((hidden(ids, visible, positions) - alone).norm() / alone.norm())
+        gap = torch.stack(gaps).max().item()  # NaN, if there is one
     except Exception:  # the model takes no such mask
         gap = math.inf
-    if gap > 1e-3:
+    if not gap <= 1e-3:
         fail(f"this backbone's attention does not take one row a pair (gap {gap:.2g}); use another")
 
 

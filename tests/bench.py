@@ -141,7 +141,8 @@ def offline_step(name, args, policy, pairs):
     batches = [[pairs[j % len(pairs)] for j in range(i * size, (i + 1) * size)]
                for i in range(args.steps + 1)]
     logps_of = dpo.plain_logps if name == "plain" else dpo.choose_logps(policy, pairs)
-    refs = [dpo.batch_logps(policy, logps_of, b, args.tokens_per_microbatch) for b in batches]
+    with dpo.autocast():
+        refs = [dpo.batch_logps(policy, logps_of, b, args.tokens_per_microbatch) for b in batches]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
     def step(i):
@@ -255,6 +256,7 @@ def generate(args, policy, tokenizer, pairs, varied):
         end_at_random(policy, eos)
     if policy.device.type == "cuda":
         policy.bfloat16()
+    gold_eval.AttentionInterface.register("sdpa", gold_eval.sdpa_attention_forward)  # its own
 
     def draw(i):
         torch.manual_seed(i)

@@ -111,11 +111,11 @@ def train(script, out, **kwargs):
     return rows_of(f"{out}/metrics.jsonl")
 
 
-def load_model(folder, kind=transformers.AutoModelForCausalLM):
+def load_model(folder):
     """(model, tokenizer) of a folder, as the scripts load them."""
     import dpo
 
-    return dpo.load_model(kind, str(folder), ARGS)
+    return dpo.load_model(transformers.AutoModelForCausalLM, str(folder), ARGS)
 
 
 def rows_of(path):

@@ -63,17 +63,19 @@ def test_same_flag_same_help():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_every_flag_is_read(path):
+    """By the script itself, or by the module that it hands its `args` to."""
     source = path.read_text()
-    shared = source + "".join((ROOT / f).read_text() for f in ("gold_eval.py", "reward.py"))
+    handed = {"baseline": "gold_eval.py", "trust_remote_code": "reward.py"}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
             name = node.args[0].value.lstrip("-").replace("-", "_")
-            assert f"args.{name}" in shared, f"{path.name}: {name} is never read"
+            found = source + ((ROOT / handed[name]).read_text() if name in handed else "")
+            assert f"args.{name}" in found, f"{path.name}: {name} is never read"
 
 
 BUDGET = {  # lines; to raise one is a decision: first look for what can go
     "dpo.py": 531, "ipo.py": 531, "slic.py": 538, "bo2.py": 491, "sft.py": 446,
-    "online_rlhf.py": 748, "reward.py": 588, "gold_eval.py": 556, "tasks.py": 414, "study.py": 433,
+    "online_rlhf.py": 752, "reward.py": 589, "gold_eval.py": 559, "tasks.py": 414, "study.py": 433,
     "plots.py": 516}
 
 

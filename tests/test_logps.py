@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import random_pairs, tiny
+from transformers import MistralConfig, MistralForCausalLM
 
 import dpo
 
@@ -72,6 +73,27 @@ def test_models_that_ignore_the_mask_get_plain_rows(capsys):
     scaled = tiny("llama")  # a head that is more than a matrix, as adapters have it
     scaled.lm_head = torch.nn.Sequential(scaled.lm_head)
     assert dpo.choose_logps(scaled, pairs) is dpo.plain_logps
+
+
+def test_the_longest_row_shows_a_window():
+    """Not the longest pair, whose two responses may each fit into it."""
+    fits = [([3, 4], [5, 1], [6, 1])] * 3 + [([3, 4], [5] * 9, [6] * 9)]
+    exceeds = [([3, 4], list(range(5, 19)), [1])]
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, sliding_window=12,
+        num_attention_heads=4, num_key_value_heads=2)).eval()
+    for weight in model.parameters():
+        weight.data.mul_(8 if weight.dim() == 2 else 1)
+    assert dpo.choose_logps(model, fits) is dpo.pair_logps
+    assert dpo.choose_logps(model, fits + exceeds) is dpo.plain_logps
+
+
+def test_rows_that_give_nan_are_not_chosen(monkeypatch):
+    shared, bad = dpo.pair_logps, random_pairs(4)[1]
+    monkeypatch.setattr(dpo, "pair_logps", lambda model, pairs: shared(model, pairs) * (
+        math.nan if pairs == [bad] else 1))
+    assert dpo.choose_logps(tiny(), random_pairs(4)) is dpo.plain_logps
 
 
 @pytest.mark.parametrize("at_once", [1, 3 * 50, 1 << 20])  # one position, three, all of them

@@ -324,7 +324,8 @@ def test_check_mask_sees(kind, capsys):
                 *args, attention_mask=None, **kwargs)
     else:
         bad = classifier(transformers.MistralConfig(sliding_window=12, **llama_like))
-        pairs = [([3, 4], [5, 1], [6, 1])] * 8 + [([3] * 9, list(range(4, 18)), [7, 1])]
+        pairs = [([3, 4], [5, 1], [6, 1])] * 8 + [
+            ([3, 4], [5] * 9, [6] * 9), ([3, 4], list(range(4, 18)), [1])]  # the longer row, last
     with pytest.raises(SystemExit):
         reward.check_mask(bad, pairs)
     assert "one row a pair" in capsys.readouterr().err

@@ -124,6 +124,27 @@ def test_static_step_keeps_shapes_and_addresses(monkeypatch):
         assert all(step == of_one_graph[0] for step in of_one_graph)
 
 
+@pytest.mark.parametrize("heads", [4, 2])  # of keys and values, for 4 of queries
+def test_attention_without_padding_is_attention(monkeypatch, heads):
+    """40 left-padded rows in three parts, each cut where its first real slot stands."""
+    g, lengths, cut = noise(), torch.arange(1, 41) * 3, []
+    query = torch.randn(40, 4, 1, 8, generator=g)
+    key, value = torch.randn(2, 40, heads, 130, 8, generator=g)
+    mask = (torch.arange(130) >= 130 - lengths[:, None])[:, None, None]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4 // heads, True
+    whole = gold_eval.sdpa_attention_forward(module, query, key, value, mask)[0]
+
+    def watched(module, query, key, *rest, **kwargs):
+        cut.append((len(query), key.shape[2]))
+        return attend(module, query, key, *rest, **kwargs)
+    attend = gold_eval.sdpa_attention_forward
+    monkeypatch.setattr(gold_eval, "sdpa_attention_forward", watched)
+    parts = gold_eval.skip_padding(module, query, key, value, mask)[0]
+    assert cut == [(16, 48), (16, 96), (8, 120)]
+    assert torch.allclose(parts, whole, atol=1e-6)
+
+
 def test_length_and_eos():
     responses = sample(tiny(), PROMPTS * 20, 2, 12, [1], noise())
     assert {len(r) for r in responses} >= {12}
