@@ -490,7 +490,11 @@ def main(args):
     state = training_state(save_path, policy, optimizer)
     start = int(state["done"])
     for name in ("metrics", "samples"):
-        cut_jsonl(f"{args.out}/{name}.jsonl", start)
+        cut_jsonl(f"{args.out}/{name}.jsonl", start or -1)
+    if args.gold and not start:  # where training starts from: KL 0, accuracies 1/2
+        metrics = {"step": 0, **gold_eval.evaluate_run(policy, judge, args.out, 0)}
+        with open(f"{args.out}/metrics.jsonl", "a") as f:
+            f.write(json.dumps(metrics) + "\n")
     caught = []  # SIGINT or SIGTERM: the step is finished and saved first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(number))

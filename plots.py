@@ -9,10 +9,11 @@ is what shares a source of responses, a loss, a model and a labeller; it pools h
 seeds. In a figure over KL a point is a checkpoint of a run. A line is the mean over seeds of their
 frontiers, where every seed has one, the band their lowest and highest. A frontier is made of the
 settings (hyper-parameters and step) that do best **on the other seeds**, and drawn through this
-seed's checkpoints of them: the best of many noisy values is too good, the more so the more there
-are, but what is chosen on one seed and judged on another is not. Between two checkpoints it is
-what a mixture reaches, which answers with one or the other by chance, at no more than the KL drawn
-(KL is convex); no single policy may have been there. One seed alone is chosen on itself.
+seed's checkpoints of them (the large points): the best of many noisy values is too good, the more
+so the more there are, but what is chosen on one seed and judged on another is not. Between two
+large points it is what a mixture reaches, which answers with one or the other by chance, at no more
+than the KL drawn (KL is convex); no single policy may have been there. Of a single run the line is
+its way from checkpoint to checkpoint.
 
 MIT licence.
 """
@@ -37,10 +38,11 @@ COLOURS = {"online": "#0072B2", "offline": "#D55E00", "shuffled": "#009E73", "in
            "windows of 4": "#E69F00", "windows of 40": "#56B4E9", "windows of 500": "#56B4E9",
            "final vs final": "#E69F00", "sft vs early": "#56B4E9", "early vs final": "#CC79A7",
            "proxy": "#000000"}  # Okabe and Ito: told apart by colour-blind readers too
-STYLES = {"ipo": ("o", "-"), "dpo": ("s", "--"), "slic": ("^", "-."), "bo2": ("D", ":")}
-DASHES = ["-", "--", ":", "-."]  # of several proxies each has a line of its own
+PROXIES = ["#0072B2", "#CC79A7", "#009E73", "#000000"]  # online, where there are several
+DASHES = {"ipo": "-", "dpo": "--", "slic": "-.", "bo2": ":"}
 LABELS = {
-    "gold/win_rate": "win rate, golden policy", "toy/utility": "hidden human utility, mean",
+    "gold/win_rate": "win rate against the golden policy",
+    "toy/utility": "hidden utility of a response, mean",
     "gold/accuracy_golden": "accuracy on D_golden", "gold/accuracy_self": "accuracy on own samples",
     "gold/chosen_logratio": "mean log-ratio of chosen, D_golden",
 }
@@ -54,7 +56,7 @@ def parse_args(argv=None):
                    "wrote (fig6: files of gold_eval.py classify)")
     p.add_argument("--figure", choices=FIGURES, default="main", help="which figure to draw")
     p.add_argument("--out", default="win_rate_kl.png", help="figure to write (png, pdf, svg)")
-    p.add_argument("--title", default="", help="title of the figure")
+    p.add_argument("--title", default="", help="title instead of the figure's own")
     return p.parse_args(argv)
 
 
@@ -98,8 +100,20 @@ def toy_utility(folder):
             for step, v in values.items()}
 
 
+def proxy_name(labeller):
+    """A preference model's name and, where its run folder is at hand, its validation accuracy."""
+    name = os.path.basename(os.path.normpath(labeller))
+    if not os.path.exists(f"{labeller}/assessment.json"):
+        return name
+    with open(f"{labeller}/assessment.json", encoding="utf-8") as f:
+        return f"{name} ({json.load(f)['accuracy']:.3f})"
+
+
 def read_run(folder):
-    """A run as its name, settings and rows: `steps` has all metrics rows, `rows` the judged."""
+    """A run as its name, settings and rows.
+
+    `steps` has all rows of training, `rows` the judged among them, `start` that of step 0, if any.
+    """
     try:
         with open(f"{folder}/args.json", encoding="utf-8") as f:
             args = json.load(f)
@@ -117,8 +131,9 @@ def read_run(folder):
     return {"name": os.path.basename(os.path.normpath(folder)), "source": source_of(args),
             "loss": loss, "seed": args["seed"], "beta": args.get("beta"), "lr": args.get("lr"),
             "model": os.path.basename(os.path.normpath(args.get("model", ""))),
-            "proxy": os.path.basename(os.path.normpath(args.get("labeller", ""))),
-            "rows": rows, "steps": steps}
+            "proxy": proxy_name(args["labeller"]) if "labeller" in args else "",
+            "rows": [row for row in rows if row["step"]], "steps": [r for r in steps if r["step"]],
+            "start": [row for row in rows if not row["step"]]}
 
 
 def read_checkpoints(path):
@@ -127,10 +142,11 @@ def read_checkpoints(path):
     try:
         with open(path, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
-                run = runs.setdefault(row["run"], {"name": row["run"], "rows": []} | {
+                run = runs.setdefault(row["run"], {"name": row["run"], "rows": [], "start": []} | {
                     k: int(row[k]) if k == "seed" else row[k] for k in SETTINGS})
-                run["rows"].append({k: float(v) for k, v in row.items() if v and k.startswith(
-                    ("gold/", "toy/"))} | {"step": int(row["step"])})
+                run["rows" if int(row["step"]) else "start"].append(
+                    {k: float(v) for k, v in row.items() if v and k.startswith(("gold/", "toy/"))}
+                    | {"step": int(row["step"])})
     except (OSError, ValueError, KeyError) as e:
         fail(f"{path} is no file of checkpoints: {e!r}")
     return list(runs.values())
@@ -151,10 +167,16 @@ def legend(group, groups):
     if len({g[1] for g in groups}) > 1:
         words.append(NAMES.get(loss, loss))
     if source == "online" and len({g[3] for g in groups if g[0] == "online"}) > 1:
-        share = proxy.removeprefix("proxy")
-        words.append(f"(1/{share})" if share.isdigit() else f"({proxy})" if share else
-                     "(all of D_golden)")
+        words.append(f"by {proxy}")
     return " ".join(words)
+
+
+def colour_of(group, groups):
+    """A colour a source; of several proxies each online line has its own."""
+    proxies = [g[3] for g in groups if g[0] == "online"]
+    if group[0] == "online" and len(set(proxies)) > 1:
+        return PROXIES[list(dict.fromkeys(proxies)).index(group[3]) % 4]
+    return COLOURS.get(group[0], "0.5")
 
 
 # ---- frontiers -----------------------------------------------------------------------------------
@@ -266,14 +288,14 @@ def matched_gap(first, second, kls):
 # ---- panels: each is drawn on its axes and yields what it shows as rows for a CSV ----------------
 
 
-def band(axes, name, x, values, row, colour, **style):
+def band(axes, name, x, values, row, **style):
     """A line of the means of `values` (seeds, X) over `x`, a band from the lowest to the highest.
 
     Returns `row` with `name`, mean, low and high for every x at which all seeds have a value.
     """
     mean, low, high = values.mean(0), values.min(0), values.max(0)
-    axes.plot(x, mean, color=colour, **style)
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(x, mean, **style)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     return [row | {name: x[i], "mean": mean[i], "low": low[i], "high": high[i]}
             for i in np.flatnonzero(~np.isnan(mean))]
 
@@ -285,28 +307,49 @@ def log_kl(axes, ylabel):
 
 
 def over_kl(axes, runs, measure="gold/win_rate"):
-    """Points and frontiers of each group."""
+    """Points and frontiers of each group, or the way of its only run; a line where SFT is."""
     if not all(measure in row for r in runs for row in r["rows"]):
         fail("the hidden utility is known of toy samples only, and these runs have others")
-    groups = grouped(runs)
-    proxies = list(dict.fromkeys(r["proxy"] for r in runs if r["source"] == "online"))
+    groups, by = grouped(runs), "beta" if len(grouped(runs, "loss")) == 1 else "loss"
+    shapes = dict(zip(sorted({r[by] for r in runs}, key=str), "os^Dvp", strict=False))
     for group, some in groups.items():
-        source, loss, model, proxy = group
-        marker, line = STYLES.get(loss, ("o", "-"))
-        if source == "online" and len(grouped(runs, "loss")) == 1:
-            line = DASHES[proxies.index(proxy) % 4]
-        colour, title = COLOURS.get(source, "0.5"), legend(group, groups)
-        rows = [row for run in some for row in run["rows"] if row["gold/kl"] > 0]
-        x, y = [row["gold/kl"] for row in rows], [row[measure] for row in rows]
-        single = len(some) == 1  # one run: its errors can be seen
-        axes.errorbar(x, y, xerr=[row["gold/kl_se"] for row in rows] if single else None,
-                      yerr=[row[f"{measure}_se"] for row in rows] if single else None,
-                      color=colour, marker=marker, linestyle="", markersize=4 if single else 2.5,
-                      alpha=1 if single else 0.3, elinewidth=0.8)
-        grid = np.linspace(np.log(min(x)), np.log(max(x)), 200)
-        yield from band(axes, "kl", np.exp(grid), frontiers(some, grid, measure),
-                        {"group": title, "loss": loss, "model": model, "measure": measure}, colour,
-                        linestyle=line, linewidth=1.6, label=title)[::4]
+        colour, title = colour_of(group, groups), legend(group, groups)
+        style = dict(color=colour, label=title, linestyle=DASHES.get(group[1], "-"))
+        row = dict(zip(("group", *GROUP[1:3]), (title, *group[1:3]), strict=True))
+        row["measure"] = measure
+        for run in some:
+            x, y = ([r[key] for r in run["rows"]] for key in ("gold/kl", measure))
+            axes.plot(x, y, shapes[run[by]], color=colour, markersize=3, alpha=0.2)
+        if len(some) == 1:
+            error = dict(xerr=[r["gold/kl_se"] for r in some[0]["rows"]],
+                         yerr=[r[f"{measure}_se"] for r in some[0]["rows"]])
+            axes.errorbar(x, y, **error, **style, marker=shapes[some[0][by]], markersize=4.5,
+                          elinewidth=0.8)
+            yield from (row | {"kl": kl, "mean": value} for kl, value in zip(x, y, strict=True))
+            continue
+        reached = [r["gold/kl"] for run in some for r in run["rows"] if r["gold/kl"] > 0]
+        grid = np.linspace(np.log(min(reached)), np.log(max(reached)), 200)
+        lines = frontiers(some, grid, measure)
+        covered = group[0] == "online" and ("in order", *group[1:3], "") in groups  # by the same
+        yield from band(axes, "kl", np.exp(grid), lines, row, linewidth=5 if covered else 1.6,
+                        **style)[::4]
+        for own, others in held_out(some, measure):
+            for at in hull(others):
+                axes.plot(*own[at], shapes[at[0] if by == "beta" else group[1]], color=colour,
+                          markersize=5, markeredgecolor="white", markeredgewidth=0.5)
+    start = [row[measure] for r in runs for row in r["start"]]
+    if start:
+        axes.axhline(np.mean(start), color="0.4", linestyle=":", zorder=0,
+                     label=f"SFT, where all start: {np.mean(start):.2f}")
+    for value, shape in shapes.items() if len(shapes) > 1 else ():
+        axes.plot([], [], shape, color="0.4", markersize=4, label=f"{by} {NAMES.get(value, value)}")
+    if measure == "toy/utility":  # a few ruined policies would squeeze all others
+        values = [row[measure] for r in runs for row in r["rows"]]
+        low = min(np.quantile(values, 0.05), *start, *values[:1])
+        axes.set_ylim(low - 0.1, max(values) + 0.1)
+        if min(values) < low:
+            axes.set_title(f"{np.mean(np.array(values) < low):.0%} of the points lie lower",
+                           loc="right", fontsize=8)
     log_kl(axes, LABELS[measure])
 
 
@@ -315,7 +358,7 @@ def gaps(axes, runs):
     groups = grouped(runs)
     pairs = [(online, other) for other in groups for online in groups if online[0] == "online"
              and other[0] != "online" and online[1:3] == other[1:3]]
-    proxies = list(dict.fromkeys(online[3] for online, _ in pairs))
+    several = len({online[3] for online, _ in pairs}) > 1  # proxies
     columns = ["comparison", "kl", "online", "other", "gap", "low", "high", "online_single_kl",
                "online_single", "other_single_kl", "other_single"]
     for i, (online, other) in enumerate(pairs):
@@ -330,11 +373,11 @@ def gaps(axes, runs):
         gap, low, high = np.array([row[2:] for row in found.values()]).reshape(-1, 3).T
         axes.errorbar(np.array(list(found)) * 1.03 ** i, gap,
                       np.maximum([gap - low, high - gap], 0),
-                      color=COLOURS.get(online[0] if len(proxies) > 1 else other[0]),
-                      linestyle=DASHES[proxies.index(online[3]) % 4], marker="o",
-                      markersize=4, capsize=2, label=title)
+                      color=colour_of(online if several else other, groups),
+                      linestyle=DASHES.get(online[1], "-"), marker="o", markersize=4, capsize=2,
+                      label=title)
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
-    log_kl(axes, "win rate, online minus the other")
+    log_kl(axes, "online minus other (above 0: better)")
 
 
 def peaks(axes, runs, relative):
@@ -359,36 +402,49 @@ def peaks(axes, runs, relative):
 
 
 def scatter(axes, runs):
-    """Every checkpoint's win rate over its accuracy on D_golden."""
-    groups = grouped(runs)
+    """Every checkpoint's win rate over its accuracy on D_golden; a shape a beta."""
+    groups, shapes = grouped(runs), dict(zip(sorted({str(r["beta"]) for r in runs}), "os^Dvp",
+                                             strict=False))
     for group, some in groups.items():
-        x, y = ([row[key] for r in some for row in r["rows"]]
-                for key in ("gold/accuracy_golden", "gold/win_rate"))
-        r = np.corrcoef(x, y)[0, 1]
-        axes.plot(x, y, "o", markersize=3, alpha=0.5, color=COLOURS.get(group[0]),
-                  label=f"{legend(group, groups)}: r = {r:+.2f}")
-        yield {"group": group[0], "checkpoints": len(x), "correlation": r}
+        parts = {"all": some} | {f"beta {beta}": part for (beta,), part in sorted(
+            grouped(some, "beta").items(), key=str)}
+        found = {}
+        for name, part in parts.items():
+            x, y = ([row[key] for r in part for row in r["rows"]]
+                    for key in ("gold/accuracy_golden", "gold/win_rate"))
+            found[name] = np.corrcoef(x, y)[0, 1]
+            yield {"group": group[0], "of": name, "checkpoints": len(x), "correlation": found[name]}
+            if name != "all":
+                axes.plot(x, y, shapes[name.removeprefix("beta ")], markersize=3, alpha=0.5,
+                          color=COLOURS.get(group[0]))
+        axes.plot([], [], "o", color=COLOURS.get(group[0]), label=f"{legend(group, groups)}: r " + (
+            ", ".join(f"{r:+.2f} ({name})" for name, r in found.items())))
+    for beta, shape in shapes.items():
+        axes.plot([], [], shape, color="0.4", markersize=4, label=f"beta {beta}")
     axes.set(xlabel=LABELS["gold/accuracy_golden"], ylabel=LABELS["gold/win_rate"])
 
 
 def over_steps(axes, runs, measure):
-    """Means over a group's runs that reach a step, of one setting: that with a run in each group.
+    """Means over a group's runs by step, for the two smallest betas that all groups have.
 
-    The band is the lowest and highest seed.
+    Up to the last step that all reach, at online's learning rate if a group has several. The band
+    is the lowest and highest seed.
     """
     groups = grouped(runs)
     shared = set.intersection(*({r["beta"] for r in some} for some in groups.values()))
-    beta = sorted(shared, key=str)[len(shared) // 2] if shared else None  # the middle one
+    last = min(max(row["step"] for r in some for row in r["rows"]) for some in groups.values())
     for group, some in groups.items():
-        rates = {r["lr"] for r in some}
-        base = groups.get(("online", *group[1:3], "proxy"), some)[0]["lr"]
-        some = [r for r in some if r["beta"] == beta and (r["lr"] == base or base not in rates)]
-        steps = sorted(set.intersection(*({row["step"] for row in r["rows"]} for r in some)))
-        values = np.array([[row[measure] for row in r["rows"] if row["step"] in steps]
-                           for r in some])
-        row = {"group": group[0], "beta": beta, "measure": measure}
-        yield from band(axes, "step", steps, values, row, COLOURS.get(group[0]), marker=".",
-                        label=f"{legend(group, groups)}, beta {beta}")
+        rate = next((online[0]["lr"] for g, online in groups.items() if g[0] == "online"), None)
+        some = [r for r in some if r["lr"] == rate] or some
+        for beta, line in zip(sorted(shared, key=str)[:2], ("--", "-"), strict=False):
+            tracks = [{row["step"]: row[measure] for row in r["start"] + r["rows"]
+                       if row["step"] <= last} for r in some if r["beta"] == beta]
+            steps = sorted(set.intersection(*map(set, tracks)))
+            values = np.array([[track[step] for step in steps] for track in tracks])
+            yield from band(axes, "step", steps, values,
+                            {"group": group[0], "beta": beta, "measure": measure},
+                            color=COLOURS.get(group[0]), linestyle=line, marker=".",
+                            label=f"{legend(group, groups)}, beta {beta}")
     axes.set(xlabel="gradient step", ylabel=LABELS[measure])
     if "accuracy" in measure:
         axes.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
@@ -425,7 +481,7 @@ def classifiers(axes, files):
             fail(f"{path} is no file of gold_eval.py classify: {e}")
     for kind, values in curves.items():
         yield from band(axes, "share_of_stream", np.arange(1, 11) / 10, np.array(values),
-                        {"classifier": kind}, COLOURS.get(kind), marker=".",
+                        {"classifier": kind}, color=COLOURS.get(kind), marker=".",
                         label=kind if kind == "proxy" else f"{kind} policy, last checkpoint")
     axes.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
     axes.set(xlabel="share of the online run", ylabel="accuracy on D_online")
@@ -447,36 +503,51 @@ def by_size(runs):
     return {f"policy: {size}": some for (size,), some in grouped(runs, "model").items()}
 
 
-FIGURES = {  # name: what `draw` makes it of
-    **dict.fromkeys(["main", "fig1", "fig4", "fig5", "fig9", "fig12", "fig13", "losses"],
-                    dict(panels=[over_kl], split=by_loss)),
-    "fig6": dict(panels=[classifiers]),
-    "fig7": dict(panels=[scatter]),
-    "fig10": dict(panels=[over_kl], split=by_size, width=4),
-    "fig8": dict(panels=[partial(over_steps, measure="gold/accuracy_golden"),
+FIGURES = {  # name: what `draw` makes it of; win rate over KL where nothing else is said
+    "main": dict(title="Online and offline from the same start"),
+    "fig1": dict(title="Online against offline at equal KL"),
+    "fig4": dict(title="Is it coverage? Offline on the online run's own pairs, shuffled"),
+    "fig5": dict(title="Is it quality? Offline on pairs of the final online policy"),
+    "fig6": dict(title="Who agrees with the golden model along the online run",
+                 panels=[classifiers], split=None),
+    "fig7": dict(title="Does the better classifier win more?", panels=[scatter]),
+    "fig8": dict(title="Fitting the fixed pairs of D_golden", width=6,
+                 panels=[partial(over_steps, measure="gold/accuracy_golden"),
                          partial(over_steps, measure="gold/chosen_logratio")]),
-    "fig11": dict(panels=[partial(peaks, relative=True)]),
-    "tandem": dict(panels=[training_loss]),  # appendix F
-    "fig14": dict(panels=[partial(peaks, relative=False)]),
-    "utility": dict(panels=[over_kl, partial(over_kl, measure="toy/utility")]),  # beyond the paper
-    "gap": dict(panels=[gaps]),
-    "proxies": dict(panels=[over_kl, gaps], width=5.6),  # beyond the paper
-    "self": dict(panels=[partial(over_steps, measure="gold/accuracy_self")]),
+    "fig9": dict(title="Is it the loss? Best-of-two has no rejected response"),
+    "fig10": dict(title="Is it size? Larger policies, the same judge", split=by_size, width=4),
+    "fig11": dict(title="Peaks by size, minus online's", panels=[partial(peaks, relative=True)]),
+    "fig12": dict(title="Quality or contrast? Offline on pairs of two policies"),
+    "fig13": dict(title="How much order is needed? Shuffled within windows of batches"),
+    "fig14": dict(title="Peaks by size", panels=[partial(peaks, relative=False)]),
+    "tandem": dict(title="The online run's pairs in its order", panels=[training_loss]),
+    "losses": dict(title="Do other losses behave alike?"),
+    "gap": dict(title="Online minus others at equal KL, 95% intervals", panels=[gaps]),
+    "self": dict(title="Classifying one's own samples",
+                 panels=[partial(over_steps, measure="gold/accuracy_self")]),
+    "utility": dict(title="What the judge sees, and what people would feel",
+                    panels=[over_kl, partial(over_kl, measure="toy/utility")]),
+    "proxies": dict(title="Online's proxy from fewer pairs", panels=[over_kl, gaps], width=5.6),
 }
 
 
-def draw(runs, panels, split=None, width=5.2):
+def draw(runs, title, panels=(over_kl,), split=by_loss, width=5.2):
     """Each of the panels for each part of the runs; returns the figure and the rows of its CSV."""
     drawn = list(product((split(runs) if split else {"": runs}).items(), panels))
-    size = max(7, width * len(drawn)), 4.5 if len(drawn) == 1 else 3.9
-    figure, axes = plt.subplots(1, len(drawn), figsize=size, layout="constrained", squeeze=False)
+    size = max(7, width * len(drawn)), 5 if len(drawn) == 1 else 4.4
+    figure, axes = plt.subplots(1, len(drawn), figsize=size, layout="constrained", squeeze=False,
+                                sharex=len(panels) == 1, sharey=len(panels) == 1)
     lines = []
-    for ax, ((title, some), panel) in zip(axes[0], drawn, strict=True):
+    for ax, ((name, some), panel) in zip(axes[0], drawn, strict=True):
         lines += panel(ax, some)
-        ax.set_title(title)
+        ax.set_title(name)
         ax.grid(alpha=0.25)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=8)
+        if labels := ax.get_legend_handles_labels()[1]:  # below, where it covers no point
+            ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15),
+                      ncols=max(1, round(10 * size[0] / len(drawn) / max(map(len, labels)))))
+        if len(panels) == 1:
+            ax.label_outer()
+    figure.suptitle(title)
     return figure, lines
 
 
@@ -492,13 +563,14 @@ def write_csv(path, rows):
 
 
 def main(args):
-    runs = args.runs
+    runs, given = args.runs, dict(FIGURES[args.figure])
+    given["title"] = args.title or given["title"]
     if args.figure != "fig6":
         runs = [run for path in dict.fromkeys(runs) for run in (
             read_checkpoints(path) if path.endswith(".csv") else [read_run(path)])]
-    figure, lines = draw(runs, **FIGURES[args.figure])
-    if args.title:
-        figure.suptitle(args.title)
+        given["title"] += (f"\n{len(runs)} runs, {sum(len(run['rows']) for run in runs)} points, "
+                           f"seeds {', '.join(map(str, sorted({run['seed'] for run in runs})))}")
+    figure, lines = draw(runs, **given)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     figure.savefig(args.out, dpi=150)
     plt.close(figure)
@@ -508,7 +580,7 @@ def main(args):
         write_csv(f"{base}-checkpoints.csv", [
             {"run": run["name"]} | {key: run[key] for key in SETTINGS}
             | {key: row[key] for key in row if key == "step" or key.startswith(("gold/", "toy/"))}
-            for run in runs for row in run["rows"]])
+            for run in runs for row in run["start"] + run["rows"]])
     print(f"{args.out} and {base}.csv: {len(runs)} runs")
 
 

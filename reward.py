@@ -411,23 +411,31 @@ def swap(pairs):
 
 
 @torch.no_grad()
-def prefer(model, pairs, tokens=8192):
-    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1): y1 is preferred iff above 0.
+def both_orders(model, pairs, tokens):
+    """Probabilities (2, B) r(x, y1, y2) and r(x, y2, y1); a pointwise model is asked but once.
 
-    pairs: (prompt, y1, y2) token ids; `tokens` bounds a micro-batch. Swapping y1 and y2 flips the
-    sign, so that no position bias is left; two equal responses have margin 0.
+    pairs: (prompt, y1, y2) token ids; `tokens` bounds a micro-batch.
     """
-    margins = torch.zeros(len(pairs), dtype=torch.float64)
+    found = torch.zeros(2, len(pairs), dtype=torch.float64)
     for rows in micro_batches(pairs, tokens):
         batch = [pairs[i] for i in rows]
         with autocast():
             first = preference_logits(model, batch).double().sigmoid()
-            if model.config.preference_kind == "pointwise":
-                second = 1 - first
-            else:
-                second = preference_logits(model, swap(batch)).double().sigmoid()
-        margins[rows] = (first - second).cpu()
-    return margins.masked_fill(torch.tensor([a == b for _, a, b in pairs], dtype=torch.bool), 0)
+            second = (1 - first if model.config.preference_kind == "pointwise" else
+                      preference_logits(model, swap(batch)).double().sigmoid())
+        found[:, rows] = torch.stack([first, second]).cpu()
+    return found
+
+
+def prefer(model, pairs, tokens=8192):
+    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1): y1 is preferred iff above 0.
+
+    Swapping y1 and y2 flips the sign, so that no position bias is left; two equal responses have
+    margin 0.
+    """
+    first, second = both_orders(model, pairs, tokens)
+    equal = torch.tensor([a == b for _, a, b in pairs], dtype=torch.bool)
+    return (first - second).masked_fill(equal, 0)
 
 
 @torch.no_grad()
@@ -456,26 +464,20 @@ def check_mask(model, pairs):
         fail(f"this backbone's attention does not take one row a pair (gap {gap:.2g}); use another")
 
 
-@torch.no_grad()
 def assess(model, pairs, tokens):
     """How well the model predicts labelled pairs (prompt, chosen, rejected), and how sure it is.
 
     Accuracy judges both ways; ece is the expected calibration error of the probability of the
     preferred side over 10 bins; order_disagreement the share of pairs whose two orders disagree.
     """
-    first, second = torch.zeros(len(pairs)), torch.zeros(len(pairs))
-    for rows in micro_batches(pairs, tokens):
-        batch = [pairs[i] for i in rows]
-        with autocast():
-            first[rows] = preference_logits(model, batch).sigmoid().cpu()  # r(x, y_w, y_l)
-            second[rows] = preference_logits(model, swap(batch)).sigmoid().cpu()  # r(x, y_l, y_w)
+    first, second = both_orders(model, pairs, tokens)
     chosen = (first + 1 - second) / 2  # probability that the chosen side is better, both ways
-    sure, right = torch.maximum(chosen, 1 - chosen), (chosen > 0.5).float()
+    sure, right = torch.maximum(chosen, 1 - chosen), (chosen > 0.5).double()
     bins = ((sure - 0.5) * 20).long().clamp(max=9)
-    ece = sum((bins == b).float().mean() * (sure[bins == b].mean() - right[bins == b].mean()).abs()
+    ece = sum((bins == b).double().mean() * (sure[bins == b].mean() - right[bins == b].mean()).abs()
               for b in bins.unique())
     return {"accuracy": right.mean().item(), "ece": float(ece),
-            "order_disagreement": ((first > 0.5) == (second > 0.5)).float().mean().item()}
+            "order_disagreement": ((first > 0.5) == (second > 0.5)).double().mean().item()}
 
 
 def train(args):

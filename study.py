@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 import plots
 
+CORES = os.cpu_count() or 1
 try:
     import fcntl
 except ImportError:
     sys.exit("error: study.py needs Linux or macOS (fcntl); the other scripts run anywhere")
 
-TOY_SIZES = {"-w32": (32, 1), "-w96": (96, 3)}  # width, layers; tasks.py's own are 64 and 2
+TOY_SIZES = {"-18k": (32, 1), "-373k": (96, 3)}  # width, layers; tasks.py's own are 64 and 2
 TOY = dict(
-    tasks=["toy"], pairs=64_000, prompts=1024, seeds=[0, 1, 2], sizes=["-w32", "", "-w96"],
+    tasks=["toy"], pairs=64_000, prompts=1024, seeds=[0, 1, 2], sizes=["-18k", "", "-373k"],
     lengths=dict(max_prompt_tokens=32, max_response_tokens=64, tokens_per_microbatch=8192),
     sft=dict(steps=800, batch_size=64, lr=2e-3, warmup=20),
     gold=dict(kind="pointwise", steps=2000, batch_size=64, lr=1e-3, warmup=50),
@@ -42,7 +43,10 @@ TOY = dict(
     train=dict(batch_size=32, warmup=20, save_every=100), steps=400, long=1600,
     lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40], larger={})
 SCALES = {
-    "demo": TOY | dict(seeds=[0], sizes=[""], steps=300, long=300, lrs=[3e-4], betas=[0.1]),
+    "demo": TOY | dict(
+        pairs=16_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200, lrs=[3e-4],
+        betas=[0.02], sft=TOY["sft"] | dict(steps=300), gold=TOY["gold"] | dict(steps=600),
+        proxy=TOY["proxy"] | dict(steps=400)),
     "toy": TOY,
     "paper": dict(  # its hyper-parameters (section 4, appendix A); models are flags
         tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0], sizes=["", "-2", "-3"],
@@ -58,6 +62,20 @@ SCALES = {
 }
 # IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
 OTHER_BETAS = {"dpo": [0.1, 0.5], "slic": [0.1, 0.5]}
+ABOUT = {  # what a command is for, by the name of what it makes, or its script
+    "gold": "golden model: learns from people's pairs which response they prefer, and then judges",
+    "golden.jsonl": "the golden model labels the pairs: D_golden, all that the policies learn from",
+    "golden-validation.jsonl": "the same for held-out pairs, whose noise-free labels are known",
+    "golden-policy": "golden policy, the opponent: online, labelled by the golden model itself",
+    "golden-policy-baseline.jsonl": "the opponent's responses, against which all are judged",
+    "tasks.py": "pairs of responses with people's choices, and an untrained model",
+    "sft.py": "SFT, where all start: imitates the responses, good and bad",
+    "reward.py": "proxy: learns the golden model's taste from D_golden; labels online's responses",
+    "online_rlhf.py": "online: learns from its own responses, labelled by the proxy",
+    "ipo.py": "offline: learns from the fixed pairs of D_golden",
+    "dpo.py": "offline, with DPO's loss", "slic.py": "offline, with SLiC's loss",
+    "bo2.py": "offline, imitates the better response of each pair",
+    "gold_eval.py": "samples or judges"}
 
 
 def parse_args(argv=None):
@@ -66,7 +84,9 @@ def parse_args(argv=None):
     p.add_argument("--scale", choices=SCALES, default="demo", help="how large")
     p.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="FIGURE",
                    help=f"some of: {', '.join(EXPERIMENTS)} (default: all; demo: main)")
-    p.add_argument("--jobs", type=int, default=1, help="commands at once; they share the cores")
+    p.add_argument("--jobs", type=int, help="commands at once, which share the cores (default: as "
+                   "many as cores, at most 8; paper: 1)")
+    p.add_argument("--seed", type=int, default=0, help="another draw of everything")
     p.add_argument("--list", type=int, nargs="?", const=0, metavar="WAVE",
                    help="print the commands, or those of one wave, and run nothing")
     p.add_argument("--policy", nargs=3, metavar="MODEL", help="paper: policies by size",
@@ -81,10 +101,11 @@ class Study:
 
     def __init__(self, args, task, stages):
         self.scale, self.args, self.task, self.stages = SCALES[args.scale], args, task, stages
-        self.seeds, self.betas, self.lengths = (
-            self.scale[key] for key in ("seeds", "betas", "lengths"))
-        folders = {name: f"{args.scale}/{name}" if len(self.scale["tasks"]) > 1 else args.scale
-                   for name in self.scale["tasks"]}
+        self.betas, self.lengths = self.scale["betas"], self.scale["lengths"]
+        self.seeds = [args.seed + seed for seed in self.scale["seeds"]]
+        self.name = name_of(args)
+        folders = {task: f"{self.name}/{task}" if len(self.scale["tasks"]) > 1 else self.name
+                   for task in self.scale["tasks"]}
         self.initial = {name: f"data/{folder}/initial.jsonl" for name, folder in folders.items()}
         self.data, self.runs = f"data/{folders[task]}", f"runs/{folders[task]}"
         self.d_golden, self.gold = f"{self.data}/golden.jsonl", f"{self.runs}/gold"
@@ -93,6 +114,8 @@ class Study:
     def add(self, script, makes, *positional, **flags):
         """One command and the path that shows it done."""
         words = [script, *positional]
+        if self.args.seed and "label" not in positional:
+            flags.setdefault("seed", self.args.seed)
         for name, value in flags.items():
             words.append(f"--{name.replace('_', '-')}")
             if value is not True:
@@ -109,21 +132,25 @@ class Study:
         self.add("reward.py", f"{self.gold}/final", "train", model=sft if toy else self.args.golden,
                  resume=True, data=f"{data}/initial.jsonl", out=self.gold, **s["gold"],
                  **self.lengths)
-        for split, labelled in (("initial", "golden"), ("validation", "golden-validation")):
-            if split == "initial" or toy:
-                out = f"{data}/{labelled}.jsonl"
-                self.add("reward.py", out, "label", model=self.gold, data=f"{data}/{split}.jsonl",
-                         out=out, **self.lengths)
-        self.proxy("proxy", self.d_golden)
+        self.label(self.initial[self.task], self.d_golden)
         self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo", model=sft,
-                 labeller=self.gold, prompts=self.d_golden, resume=True, lr=s["lr"],
+                 labeller=self.gold, prompts=f"{data}/initial.jsonl", resume=True, lr=s["lr"],
                  out=f"{runs}/golden-policy", steps=s["steps"], beta=s["beta"], **s["train"],
                  **self.lengths)
-        self.baseline("golden-policy", f"{runs}/golden-policy")
+        if toy:
+            self.label(f"{data}/validation.jsonl", f"{data}/golden-validation.jsonl")
+        self.proxy("proxy", self.d_golden)
+        out = f"{data}/golden-policy-baseline.jsonl"
+        self.add("gold_eval.py", out, "sample", model=f"{runs}/golden-policy", data=self.d_golden,
+                 out=out, prompts=s["prompts"], **self.lengths)
+
+    def label(self, pairs, out):
+        """Pairs with the golden model's labels."""
+        self.add("reward.py", out, "label", model=self.gold, data=pairs, out=out, **self.lengths)
 
     def sft(self, size):
         """The SFT policy of a size, on the pairs of all tasks; returns its run folder."""
-        s, out = self.scale, f"runs/{self.args.scale}/sft{size}"
+        s, out = self.scale, f"runs/{self.name}/sft{size}"
         if self.task == "toy":
             base = f"{self.data}{size.replace('-', '/')}/base"
             if size:
@@ -145,12 +172,6 @@ class Study:
         self.add("reward.py", f"{out}/final", "train", model=self.sft(""), data=pairs, out=out,
                  resume=True, **flags, **self.lengths)
 
-    def baseline(self, name, policy):
-        """Responses of a policy, to judge others against."""
-        out = f"{self.data}/{name}-baseline.jsonl"
-        self.add("gold_eval.py", out, "sample", model=policy, data=self.d_golden, out=out,
-                 prompts=self.scale["prompts"], **self.lengths)
-
     def train(self, name, script, seed, size="", beta=None, steps=None, **flags):
         """A training run, judged along the way against the golden policy; returns its name."""
         s, out = self.scale, f"{self.runs}/{name}{size}-s{seed}"
@@ -160,7 +181,8 @@ class Study:
         self.add(script, f"{out}/final", model=self.sft(size), out=out, seed=seed, steps=steps,
                  **flags, eval_data=self.d_golden, gold=self.gold,
                  baseline=f"{self.data}/golden-policy-baseline.jsonl",
-                 eval_every=max(1, steps // (16 if steps > s["steps"] else 8)), resume=True,
+                 eval_every=max(1, steps // s.get("evaluations", 16 if steps > s["steps"] else 8)),
+                 resume=True,
                  **self.lengths, **s["train"] | s["larger"].get(size, {}).get("train", {}))
         return out
 
@@ -190,14 +212,9 @@ class Study:
     # each figure returns the run folders that it draws, made by stages which it adds
 
     def main(self):
-        runs, sft = [self.online(0), self.offline(0), self.offline(0, "dpo", 0.5)], self.sft("")
-        self.baseline("sft", sft)
-        for run, name in [(run, "sft") for run in runs] + [(sft, "golden-policy"), (sft, "sft")]:
-            out = f"{run}/judged-{name}.json"
-            self.add("gold_eval.py", out, "judge", model=run, reference=sft, gold=self.gold,
-                     baseline=f"{self.data}/{name}-baseline.jsonl", data=self.d_golden, out=out,
-                     seed=1, **self.lengths)
-        return runs
+        seed, beta = self.seeds[0], min(self.betas)  # which drifts furthest
+        return [self.online(seed, beta=beta), self.offline(seed, beta=beta),
+                self.offline(seed, "dpo", OTHER_BETAS["dpo"][0])]
 
     def fig1(self):
         long = self.scale["long"]  # holds the checkpoints of a short run, too
@@ -259,8 +276,9 @@ class Study:
 
     def tandem(self):
         beta = min(self.betas)
-        return [self.online(0, beta=beta)] + [
-            self.shuffled(0, beta=beta, window=window) for window in (1, self.scale["windows"][0])]
+        return [self.online(self.seeds[0], beta=beta)] + [
+            self.shuffled(self.seeds[0], beta=beta, window=window)
+            for window in (1, self.scale["windows"][0])]
 
     def losses(self):
         return [run for seed in self.seeds for loss, betas in OTHER_BETAS.items() for beta in betas
@@ -270,10 +288,11 @@ class Study:
         """Proxies trained on 1/256, 1/16, 1/4, all of D_golden; offline always has all of it."""
         runs = self.fig1()
         for share in (4, 16, 256):
-            name = f"proxy{share}"
+            pairs = self.scale["pairs"] // share
+            name = f"proxy-{pairs}pairs"
             folder = f"{self.data}/{name}"
             self.add("tasks.py", f"{folder}/initial.jsonl", "file", file=self.d_golden, out=folder,
-                     pairs=self.scale["pairs"] // share)
+                     pairs=pairs)
             self.proxy(name, f"{folder}/initial.jsonl")
             runs += [self.online(seed, beta=beta, proxy=name)
                      for seed in self.seeds for beta in self.betas]
@@ -287,6 +306,10 @@ EXPERIMENTS = {  # name: the method that lists its runs
     "proxies": Study.proxies, "fig5": Study.fig5, "fig12": Study.fig12, "losses": Study.losses,
     "fig10": Study.fig10, "fig11": Study.fig10, "fig14": Study.fig10,
 }
+
+
+def name_of(args):
+    return args.scale + (f"-s{args.seed}" if args.seed else "")
 
 
 def experiments(args):
@@ -317,30 +340,36 @@ def needs(stages):
 
 
 def waves(stages):
-    """The stages as lists of commands: those of one list need only what earlier lists make."""
+    """The stages in lists of what they make: those of one list need only what earlier ones make."""
     wave = {}
     for makes, read in needs(stages).items():
         wave[makes] = max((wave[r] + 1 for r in read), default=0)
-    return [[stages[m] for m in wave if wave[m] == i] for i in range(max(wave.values()) + 1)]
+    return [[m for m in wave if wave[m] == i] for i in range(max(wave.values(), default=-1) + 1)]
 
 
-def start(words, jobs, lock):
-    """Start one command; with several at once its output goes to a file beside what it makes."""
+def start(words, threads, lock, log=None):
+    """Start one command on so many threads, its output to the file `log` or to the screen."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), words[0])
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
-    out = value_of(words, "--out")
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    with open(f"{out}.log", "a") if jobs > 1 else nullcontext() as log:
-        return subprocess.Popen([sys.executable, script, *words[1:]], stdout=log, stderr=log,
+    env = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    os.makedirs(os.path.dirname(value_of(words, "--out")) or ".", exist_ok=True)
+    with open(log, "a") if log else nullcontext() as file:
+        return subprocess.Popen([sys.executable, script, *words[1:]], stdout=file, stderr=file,
                                 env=env,
                                 pass_fds=[lock.fileno()])  # an orphan keeps the next study waiting
+
+
+def cost(words):
+    """About how long a command takes, in gradient steps of an offline run."""
+    return 60 + int(value_of(words, "--steps", 60)) * (4 if words[0] == "online_rlhf.py" else 1)
 
 
 def run(stages, jobs, folder):
     """Run the stages, `jobs` at once, each when what it reads is made; stop at a failure."""
     os.makedirs(folder, exist_ok=True)
-    cost = {makes: int(value_of(words, "--steps", 100)) for makes, words in stages.items()}
-    read, running, began = needs(stages), {}, {}
+    costs = {makes: cost(words) for makes, words in stages.items()}
+    threads = {makes: max(1, CORES // min(jobs, len(wave)))  # alone in its wave: all cores
+               for wave in waves(stages) for makes in wave}
+    read, running, began, first = needs(stages), {}, {}, time.perf_counter()
     with open(f"{folder}/lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -349,18 +378,20 @@ def run(stages, jobs, folder):
                   file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         todo = [makes for makes in stages if not os.path.exists(makes)]
-        done = len(stages) - len(todo)
-        bar = tqdm(total=sum(cost.values()), initial=sum(cost[m] for m in cost if m not in todo),
-                   unit="step", disable=not sys.stderr.isatty(), smoothing=0)
-        bar.set_postfix(commands=f"{done}/{len(stages)}")
+        done, gone, total = len(stages) - len(todo), 0, sum(costs[makes] for makes in todo)
+        bar = tqdm(total=total, disable=not sys.stderr.isatty(), smoothing=0, bar_format=
+                   "{percentage:3.0f}% |{bar}| {elapsed} gone, about {remaining} left")
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             while todo or running:
                 for makes in todo:
                     if len(running) < jobs and not read[makes] & {*todo, *running}:
-                        bar.write(f"python {shlex.join(stages[makes])}", sys.stdout)
-                        running[makes] = start(stages[makes], jobs, lock)
-                        began[makes] = time.perf_counter()
+                        words, began[makes] = stages[makes], time.perf_counter()
+                        out = value_of(words, "--out")
+                        about = ABOUT.get(os.path.basename(out), ABOUT.get(words[0], ""))
+                        bar.write(f"{out}: {about}", sys.stdout)
+                        running[makes] = start(words, threads[makes], lock,
+                                               f"{out}.log" if jobs > 1 else None)
                 todo = [makes for makes in todo if makes not in running]
                 time.sleep(0.05)
                 for makes in [m for m in running if running[m].poll() is not None]:
@@ -371,10 +402,12 @@ def run(stages, jobs, folder):
                               f"{log}", file=sys.stderr)
                         raise SystemExit(status if status > 0 else 128 - status)
                     done += 1
-                    bar.update(cost[makes])
-                    bar.set_postfix(commands=f"{done}/{len(stages)}")
-                    bar.write(f"[{done}/{len(stages)}] {time.perf_counter() - began[makes]:.0f} s: "
-                              f"{makes}", sys.stdout)
+                    bar.update(costs[makes])
+                    gone, now = gone + costs[makes], time.perf_counter()
+                    bar.write(f"[{done}/{len(stages)}] {value_of(words, '--out')} made in "
+                              f"{now - began[makes]:.0f} s; about "
+                              f"{(now - first) * (total / gone - 1) / 60:.1f} minutes left",
+                              sys.stdout)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         finally:  # what still runs saves and stops
@@ -385,48 +418,81 @@ def run(stages, jobs, folder):
             bar.close()
 
 
-def table(runs, sft):
-    """A Markdown table of the judged policies: value and standard error of each measure."""
-    columns = {"win rate, golden policy": "win_rate", "win rate, SFT": "win_rate", "KL": "kl",
-               "accuracy on D_golden": "accuracy_golden", "on own samples": "accuracy_self",
-               "tokens": "response_length"}
+def table(runs):
+    """A Markdown table of SFT and the finished policies: value and standard error a measure."""
+    columns = {"win rate against the golden policy": "gold/win_rate", "KL to SFT": "gold/kl",
+               "hidden utility": "toy/utility", "accuracy on D_golden": "gold/accuracy_golden",
+               "tokens": "gold/response_length"}
     lines = ["| policy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for run in [sft, *runs]:
-        cells = []
-        for title, key in columns.items():
-            judged = "judged-golden-policy.json" if run == sft else "metrics.jsonl"
-            if title == "win rate, SFT":
-                judged = "judged-sft.json"
-            with open(f"{run}/{judged}", encoding="utf-8") as f:
-                found = json.loads(f.readlines()[-1])
-            cells.append(f"{found[f'gold/{key}']:.3f} ± {found[f'gold/{key}_se']:.3f}"
-                         if f"gold/{key}" in found else "")
-        lines.append(f"| {os.path.basename(run)} | " + " | ".join(cells) + " |")
+    for name, row in [("SFT, where all start", runs[0]["start"][0]),
+                      *((run["name"], run["rows"][-1]) for run in runs)]:
+        cells = (f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}" for key in columns.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def at_equal_kl(online, offline):
+    """A sentence on the two runs where they drifted as far: at the KL of offline's best point."""
+    best = max(offline["rows"], key=lambda row: row["gold/win_rate"])
+    found = plots.matched_gap([online], [offline], [best["gold/kl"]])
+    where = f"{offline['name']} at its best (step {best['step']}) is at KL {best['gold/kl']:.1f}"
+    if best["gold/kl"] not in found:
+        return f"{where}, which {online['name']} does not reach"
+    first, _, gap, *_ = found[best["gold/kl"]]
+    return (f"{where} and wins {best['gold/win_rate']:.0%}; at that KL {online['name']} wins "
+            f"{first:.0%}: {gap:+.2f} for online")
+
+
+def examples(runs, count=2):
+    """What SFT and the finished runs answer to the same prompts, each with its hidden utility."""
+    lines, width = [], max(len(os.path.basename(run)) for run in runs)
+    answers = []
+    for run in runs:
+        with open(f"{run}/samples.jsonl", encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+        for step, name in ((0, "SFT"), (rows[-1]["step"], os.path.basename(run))):
+            if step or run == runs[0]:
+                answers.append((name, [row for row in rows if row["step"] == step]))
+    for i in range(count):
+        prompt = answers[0][1][i]["prompt"]
+        lines += ["", prompt]
+        for name, rows in answers:
+            said = rows[i]["response"]
+            lines.append(f"  {name:{width}} ({plots.utility(prompt, said):+.1f}) {said}")
+    return "\n".join(lines)
+
+
+NEXT = """
+Three things to try next:
+  diff dpo.py ipo.py                        # what tells one loss from another
+  python study.py --scale demo --list       # the commands that were just run, to run one by one
+  python study.py --scale demo --only fig13 # the online run's own pairs, replayed and shuffled"""
+
+
 def main(args):
-    if args.jobs < 1:
-        plots.fail(f"--jobs {args.jobs} is out of range")
+    jobs = args.jobs if args.jobs is not None else 1 if args.scale == "paper" else min(CORES, 8)
+    if jobs < 1:
+        plots.fail(f"--jobs {jobs} is out of range")
     stages, drawn = experiments(args)
     if args.list is not None:
         found = waves(stages)
         if not 0 <= args.list <= len(found):
             plots.fail(f"--list {args.list}: there are waves 1 to {len(found)}")
         for wave in [found[args.list - 1]] if args.list else found:
-            for words in wave:
-                print(f"python {shlex.join(words)}")
+            for makes in wave:
+                print(f"python {shlex.join(stages[makes])}")
         return
-    run(stages, args.jobs, f"runs/{args.scale}")
+    run(stages, jobs, f"runs/{name_of(args)}")
     for (task, figure), runs in drawn.items():
-        folder = f"runs/{args.scale}/figures" + (f"/{task}" if len(SCALES[args.scale]["tasks"]) > 1
-                                                 else "")
+        folder = f"runs/{name_of(args)}/figures" + (
+            f"/{task}" if len(SCALES[args.scale]["tasks"]) > 1 else "")
         plots.main(plots.parse_args([*runs, "--figure", figure, "--out", f"{folder}/{figure}.png"]))
         if figure == "main":
-            result = table(runs, f"runs/{args.scale}/sft")
+            read = [plots.read_run(run) for run in runs]
+            result = f"{table(read)}\n\n{at_equal_kl(*read[:2])}\n{examples(runs)}\n"
             with open(f"{folder}/main.md", "w", encoding="utf-8") as f:
-                f.write(result + "\n")
-            print("\n" + result)
+                f.write(result)
+            print(f"\n{result}{NEXT}")
 
 
 if __name__ == "__main__":

@@ -190,8 +190,11 @@ def test_evaluation_never_shifts_training(toy, tmp_path):
         run(*first, f"{tmp_path}/{script}-plain")
         rows = run(*first, f"{tmp_path}/{script}-judged", **judged)
         assert same_weights(f"{tmp_path}/{script}-plain", f"{tmp_path}/{script}-judged")
-        assert [row["step"] for row in rows if "gold/win_rate" in row] == [2, 4]
-        assert len(rows_of(f"{tmp_path}/{script}-judged/samples.jsonl")) == 48
+        assert [row["step"] for row in rows if "gold/win_rate" in row] == [0, 2, 4]
+        assert len(rows_of(f"{tmp_path}/{script}-judged/samples.jsonl")) == 72
+        start = rows[0]  # the policy is its own reference
+        assert abs(start["gold/kl"]) < 1e-6
+        assert (start["gold/accuracy_golden"], start["gold/accuracy_self"]) == (0.5, 0.5)
     assert rows[-1]["gold/kl"] > 0
 
 
