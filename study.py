@@ -44,9 +44,10 @@ TOY = dict(
     lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40], larger={})
 SCALES = {
     "demo": TOY | dict(
-        pairs=16_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200, lrs=[3e-4],
-        betas=[0.02], sft=TOY["sft"] | dict(steps=300), gold=TOY["gold"] | dict(steps=600),
-        proxy=TOY["proxy"] | dict(steps=400)),
+        pairs=16_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200, evaluations=4,
+        lrs=[3e-4], betas=[0.02, 0.05], sft=TOY["sft"] | dict(steps=250), golden_steps=120,
+        gold=TOY["gold"] | dict(steps=700, lr=2e-3, warmup=20),
+        proxy=TOY["proxy"] | dict(steps=200, warmup=20)),
     "toy": TOY,
     "paper": dict(  # its hyper-parameters (section 4, appendix A); models are flags
         tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0], sizes=["", "-2", "-3"],
@@ -63,14 +64,14 @@ SCALES = {
 # IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
 OTHER_BETAS = {"dpo": [0.1, 0.5], "slic": [0.1, 0.5]}
 ABOUT = {  # what a command is for, by the name of what it makes, or its script
-    "gold": "golden model: learns from people's pairs which response they prefer, and then judges",
-    "golden.jsonl": "the golden model labels the pairs: D_golden, all that the policies learn from",
+    "gold": "learns which response people prefer, and then stands for people",
+    "golden.jsonl": "the pairs with the golden model's labels (D_golden): what all learn from",
     "golden-validation.jsonl": "the same for held-out pairs, whose noise-free labels are known",
-    "golden-policy": "golden policy, the opponent: online, labelled by the golden model itself",
+    "golden-policy": "the opponent: an online run that is labelled by the golden model itself",
     "golden-policy-baseline.jsonl": "the opponent's responses, against which all are judged",
     "tasks.py": "pairs of responses with people's choices, and an untrained model",
-    "sft.py": "SFT, where all start: imitates the responses, good and bad",
-    "reward.py": "proxy: learns the golden model's taste from D_golden; labels online's responses",
+    "sft.py": "where all policies start: imitates the responses, good and bad",
+    "reward.py": "learns from D_golden to label the online run's responses",
     "online_rlhf.py": "online: learns from its own responses, labelled by the proxy",
     "ipo.py": "offline: learns from the fixed pairs of D_golden",
     "dpo.py": "offline, with DPO's loss", "slic.py": "offline, with SLiC's loss",
@@ -128,17 +129,15 @@ class Study:
         for task, initial in self.initial.items():
             self.add("tasks.py", initial, task, out=os.path.dirname(initial),
                      **({"pairs": s["pairs"]} if toy else {"text": True}))
-        sft = self.sft("")
-        self.add("reward.py", f"{self.gold}/final", "train", model=sft if toy else self.args.golden,
-                 resume=True, data=f"{data}/initial.jsonl", out=self.gold, **s["gold"],
+        sft, base = self.sft(""), f"{data}/base"  # from which toy's golden model starts, too
+        self.add("reward.py", f"{self.gold}/final", "train", resume=True, out=self.gold,
+                 model=base if toy else self.args.golden, data=f"{data}/initial.jsonl", **s["gold"],
                  **self.lengths)
         self.label(self.initial[self.task], self.d_golden)
         self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo", model=sft,
                  labeller=self.gold, prompts=f"{data}/initial.jsonl", resume=True, lr=s["lr"],
-                 out=f"{runs}/golden-policy", steps=s["steps"], beta=s["beta"], **s["train"],
-                 **self.lengths)
-        if toy:
-            self.label(f"{data}/validation.jsonl", f"{data}/golden-validation.jsonl")
+                 out=f"{runs}/golden-policy", steps=s.get("golden_steps", s["steps"]),
+                 beta=s["beta"], **s["train"], **self.lengths)
         self.proxy("proxy", self.d_golden)
         out = f"{data}/golden-policy-baseline.jsonl"
         self.add("gold_eval.py", out, "sample", model=f"{runs}/golden-policy", data=self.d_golden,
@@ -167,8 +166,6 @@ class Study:
     def proxy(self, name, pairs):
         """A preference model of the policy's size, trained on golden labels."""
         out, flags = f"{self.runs}/{name}", self.scale["proxy"]
-        if self.task == "toy":
-            flags = flags | {"validation": f"{self.data}/golden-validation.jsonl"}
         self.add("reward.py", f"{out}/final", "train", model=self.sft(""), data=pairs, out=out,
                  resume=True, **flags, **self.lengths)
 
@@ -212,9 +209,10 @@ class Study:
     # each figure returns the run folders that it draws, made by stages which it adds
 
     def main(self):
-        seed, beta = self.seeds[0], min(self.betas)  # which drifts furthest
-        return [self.online(seed, beta=beta), self.offline(seed, beta=beta),
-                self.offline(seed, "dpo", OTHER_BETAS["dpo"][0])]
+        if self.task == "toy":  # how often the golden model is right, by people without noise
+            self.label(f"{self.data}/validation.jsonl", f"{self.data}/golden-validation.jsonl")
+        return [self.online(self.seeds[0], beta=max(self.betas))] + [
+            self.offline(self.seeds[0], beta=beta) for beta in self.betas]
 
     def fig1(self):
         long = self.scale["long"]  # holds the checkpoints of a short run, too
@@ -431,16 +429,17 @@ def table(runs):
     return "\n".join(lines)
 
 
-def at_equal_kl(online, offline):
-    """A sentence on the two runs where they drifted as far: at the KL of offline's best point."""
-    best = max(offline["rows"], key=lambda row: row["gold/win_rate"])
-    found = plots.matched_gap([online], [offline], [best["gold/kl"]])
-    where = f"{offline['name']} at its best (step {best['step']}) is at KL {best['gold/kl']:.1f}"
-    if best["gold/kl"] not in found:
-        return f"{where}, which {online['name']} does not reach"
-    first, _, gap, *_ = found[best["gold/kl"]]
-    return (f"{where} and wins {best['gold/win_rate']:.0%}; at that KL {online['name']} wins "
-            f"{first:.0%}: {gap:+.2f} for online")
+def at_equal_kl(online, *offline):
+    """A sentence on how much more online wins than the best of offline at the KLs of both."""
+    found = plots.matched_gap([online], offline, [])
+    if "mean" not in found:
+        return "Online and offline did not drift equally far: they cannot be compared."
+    reached = [[row["gold/kl"] for run in runs for row in run["rows"]]
+               for runs in ([online], offline)]
+    low, high = max(map(min, reached)), min(map(max, reached))
+    first, second, gap, *_ = found["mean"]
+    return (f"At the KLs that both reached ({low:.1f} to {high:.1f}) online wins {first:.0%} on "
+            f"average and the best of offline {second:.0%}: {gap:+.2f}.")
 
 
 def examples(runs, count=2):
@@ -489,7 +488,7 @@ def main(args):
         plots.main(plots.parse_args([*runs, "--figure", figure, "--out", f"{folder}/{figure}.png"]))
         if figure == "main":
             read = [plots.read_run(run) for run in runs]
-            result = f"{table(read)}\n\n{at_equal_kl(*read[:2])}\n{examples(runs)}\n"
+            result = f"{table(read)}\n\n{at_equal_kl(*read)}\n{examples(runs)}\n"
             with open(f"{folder}/main.md", "w", encoding="utf-8") as f:
                 f.write(result)
             print(f"\n{result}{NEXT}")

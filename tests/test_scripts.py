@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -241,15 +242,18 @@ def test_classify_follows_a_stream(toy, tmp_path):
 
 
 def test_dpo_alone_in_an_empty_folder(toy, tmp_path):
+    """README's section on copying one algorithm: the command, and the block that calls its loss."""
     shutil.copy(ROOT / "dpo.py", tmp_path)
     done = subprocess.run([sys.executable, "dpo.py", *flags(
         model=f"{toy}/sft", data=f"{toy}/data/golden.jsonl", out="run", max_prompt_tokens=32,
         max_response_tokens=40, **SHORT)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "4 steps, loss" in done.stdout
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_pretrained(f"{tmp_path}/run/final")
+    block, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(math.log(2))
 
 
 def bad(tmp_path, toy):
