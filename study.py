@@ -46,7 +46,7 @@ SCALES = {
     "demo": TOY | dict(
         pairs=16_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200, evaluations=4,
         lrs=[3e-4], betas=[0.02, 0.05], sft=TOY["sft"] | dict(steps=250), golden_steps=120,
-        gold=TOY["gold"] | dict(steps=700, lr=2e-3, warmup=20),
+        gold=TOY["gold"] | dict(steps=500, lr=2e-3, warmup=20),
         proxy=TOY["proxy"] | dict(steps=200, warmup=20)),
     "toy": TOY,
     "paper": dict(  # its hyper-parameters (section 4, appendix A); models are flags
@@ -363,7 +363,9 @@ def cost(words):
 
 def run(stages, jobs, folder):
     """Run the stages, `jobs` at once, each when what it reads is made; stop at a failure."""
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(f"{folder}/logs", exist_ok=True)
+    logs = {makes: f"{folder}/logs/{value_of(words, '--out').replace('/', '-')}.log" if jobs > 1
+            else None for makes, words in stages.items()}
     costs = {makes: cost(words) for makes, words in stages.items()}
     threads = {makes: max(1, CORES // min(jobs, len(wave)))  # alone in its wave: all cores
                for wave in waves(stages) for makes in wave}
@@ -388,14 +390,13 @@ def run(stages, jobs, folder):
                         out = value_of(words, "--out")
                         about = ABOUT.get(os.path.basename(out), ABOUT.get(words[0], ""))
                         bar.write(f"{out}: {about}", sys.stdout)
-                        running[makes] = start(words, threads[makes], lock,
-                                               f"{out}.log" if jobs > 1 else None)
+                        running[makes] = start(words, threads[makes], lock, logs[makes])
                 todo = [makes for makes in todo if makes not in running]
                 time.sleep(0.05)
                 for makes in [m for m in running if running[m].poll() is not None]:
                     words = stages[makes]
                     if status := running.pop(makes).returncode:
-                        log = f"; see {value_of(words, '--out')}.log" if jobs > 1 else ""
+                        log = f"; see {logs[makes]}" if logs[makes] else ""
                         print(f"error: `python {shlex.join(words)}` ended with status {status}"
                               f"{log}", file=sys.stderr)
                         raise SystemExit(status if status > 0 else 128 - status)
@@ -444,20 +445,18 @@ def at_equal_kl(online, *offline):
 
 def examples(runs, count=2):
     """What SFT and the finished runs answer to the same prompts, each with its hidden utility."""
-    lines, width = [], max(len(os.path.basename(run)) for run in runs)
-    answers = []
+    answers = {}  # name: rows of samples
     for run in runs:
         with open(f"{run}/samples.jsonl", encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]
-        for step, name in ((0, "SFT"), (rows[-1]["step"], os.path.basename(run))):
-            if step or run == runs[0]:
-                answers.append((name, [row for row in rows if row["step"] == step]))
+        answers.setdefault("SFT", [row for row in rows if row["step"] == 0])
+        answers[os.path.basename(run)] = [row for row in rows if row["step"] == rows[-1]["step"]]
+    lines, width = [], max(map(len, answers))
     for i in range(count):
-        prompt = answers[0][1][i]["prompt"]
-        lines += ["", prompt]
-        for name, rows in answers:
-            said = rows[i]["response"]
-            lines.append(f"  {name:{width}} ({plots.utility(prompt, said):+.1f}) {said}")
+        lines += ["", answers["SFT"][i]["prompt"]]
+        for name, rows in answers.items():
+            utility = plots.utility(rows[i]["prompt"], rows[i]["response"])
+            lines.append(f"  {name:{width}} ({utility:+.1f}) {rows[i]['response']}")
     return "\n".join(lines)
 
 

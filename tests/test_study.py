@@ -71,7 +71,7 @@ def test_done_stages_are_skipped_and_failures_stop(tmp_path, capfd, monkeypatch)
     study.run(stages, 2, "runs")
     assert (tmp_path / "copy/initial.jsonl").read_bytes() == (
         tmp_path / "data/initial.jsonl").read_bytes()
-    assert "20 pairs" in (tmp_path / "copy.log").read_text()
+    assert "20 pairs" in (tmp_path / "runs/logs/copy.log").read_text()
     with pytest.raises(SystemExit) as stop:
         study.run({**stages, "new": ["dpo.py", "--nonsense", "--out", "new"]}, 1, "runs")
     assert stop.value.code == 2
@@ -127,7 +127,8 @@ def judged(step, kl, win):
     return {"step": step, "loss": 1.0 / max(step, 1), **{
         f"gold/{key}{se}": value for key, number in (
             ("kl", kl), ("win_rate", win), ("accuracy_golden", win / 2), ("accuracy_self", 0.5),
-            ("chosen_logratio", -kl)) for se, value in (("", number), ("_se", 0.01))}}
+            ("chosen_logratio", -kl), ("response_length", 9.0))
+        for se, value in (("", number), ("_se", 0.01))}}
 
 
 @pytest.fixture
@@ -188,6 +189,21 @@ def test_gaps_are_those_of_the_runs(recorded, tmp_path):
     weak = found["online by proxy-250pairs (0.619) - offline", "mean"]
     assert float(weak) == pytest.approx(-0.05)
     assert float(found["online by proxy - offline", "mean"]) == pytest.approx(0.1)
+
+
+def test_what_the_demo_ends_in(recorded):
+    """SFT and two runs in a table, a sentence at equal KL, samples with the utility of each."""
+    online, offline = (plots.read_run(run) for run in recorded[:2])
+    lines = study.table([online, offline]).splitlines()
+    assert len(lines) == 5 and lines[2].startswith("| SFT, where all start | 0.100 ± 0.010 | 0.000")
+    assert lines[3].startswith("| a0 | 0.500 ± 0.010 | 4.000 ± 0.010 | 4.500 ± 0.500 |")
+    said = study.at_equal_kl(online, offline)
+    assert "(1.0 to 4.0) online wins" in said and said.endswith(": +0.10.")
+    beyond = offline | {"rows": [judged(2, 9.0, 0.2)]}
+    assert study.at_equal_kl(online, beyond).endswith("cannot be compared.")
+    assert study.examples(recorded[:2], 1).splitlines() == [
+        "", "write two happy lines about a fox:", *(
+            f"  {name:3} (+5.0) the fox danced. the fox sang." for name in ("SFT", "a0", "b0"))]
 
 
 def test_figure_6_draws_the_classifiers(tmp_path):
