@@ -125,8 +125,8 @@ def command(script, toy, out, **kwargs):
             *flags(**given)]
 
 
-TINY = dict(pairs=300, prompts=16, seeds=[0], betas=[0.1], lrs=[1e-3], steps=24, long=24, golden_steps=24,
-            train=dict(batch_size=8, warmup=2, save_every=3),
+TINY = dict(pairs=300, prompts=16, seeds=[0], betas=[0.1], lrs=[1e-3], steps=24, long=24,
+            golden_steps=24, train=dict(batch_size=8, warmup=2, save_every=3),
             sft=dict(steps=24, batch_size=8, save_every=3), **{kind: dict(
                 kind="pointwise", steps=24, batch_size=8, lr=1e-3, warmup=2, eval_every=8,
                 save_every=3) for kind in ("gold", "proxy")})
