@@ -425,7 +425,8 @@ def table(runs):
     lines = ["| policy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in [("SFT, where all start", runs[0]["start"][0]),
                       *((run["name"], run["rows"][-1]) for run in runs)]:
-        cells = (f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}" for key in columns.values())
+        cells = (f"{round(row[key], 3) + 0:.3f} ± {row[f'{key}_se']:.3f}"  # no -0.000
+                 for key in columns.values())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
