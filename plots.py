@@ -24,7 +24,7 @@ import json
 import os
 import sys
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 
 import matplotlib
 
@@ -122,8 +122,9 @@ def read_run(folder):
     except (OSError, ValueError) as e:
         fail(f"{folder} is not a run folder: {e}")
     rows, hidden = [row for row in steps if "gold/win_rate" in row], toy_utility(folder)
-    if not rows:
-        fail(f"{folder}/metrics.jsonl holds no gold evaluation; train with --gold and --baseline")
+    if not any(row["step"] for row in rows):
+        fail(f"{folder}/metrics.jsonl holds no gold evaluation of a trained policy; train with "
+             "--gold and --baseline")
     for row in rows:
         if row["step"] in hidden:
             row["toy/utility"], row["toy/utility_se"] = hidden[row["step"]]
@@ -177,6 +178,11 @@ def colour_of(group, groups):
     if group[0] == "online" and len(set(proxies)) > 1:
         return PROXIES[list(dict.fromkeys(proxies)).index(group[3]) % 4]
     return COLOURS.get(group[0], "0.5")
+
+
+def shapes_of(values):
+    """{value: marker}, in order, so that it means the same in every figure of the same values."""
+    return dict(zip(sorted(set(values), key=str), cycle("os^Dvp"), strict=False))
 
 
 # ---- frontiers -----------------------------------------------------------------------------------
@@ -311,12 +317,11 @@ def over_kl(axes, runs, measure="gold/win_rate"):
     if not all(measure in row for r in runs for row in r["rows"]):
         fail("the hidden utility is known of toy samples only, and these runs have others")
     groups, by = grouped(runs), "beta" if len(grouped(runs, "loss")) == 1 else "loss"
-    shapes = dict(zip(sorted({r[by] for r in runs}, key=str), "os^Dvp", strict=False))
+    shapes = shapes_of(r[by] for r in runs)
     for group, some in groups.items():
         colour, title = colour_of(group, groups), legend(group, groups)
         style = dict(color=colour, label=title, linestyle=DASHES.get(group[1], "-"))
-        row = dict(zip(("group", *GROUP[1:3]), (title, *group[1:3]), strict=True))
-        row["measure"] = measure
+        row = {"group": title, "loss": group[1], "model": group[2], "measure": measure}
         for run in some:
             x, y = ([r[key] for r in run["rows"]] for key in ("gold/kl", measure))
             axes.plot(x, y, shapes[run[by]], color=colour, markersize=3, alpha=0.2)
@@ -345,7 +350,7 @@ def over_kl(axes, runs, measure="gold/win_rate"):
         axes.plot([], [], shape, color="0.4", markersize=4, label=f"{by} {NAMES.get(value, value)}")
     if measure == "toy/utility":  # a few ruined policies would squeeze all others
         values = [row[measure] for r in runs for row in r["rows"]]
-        low = min(np.quantile(values, 0.05), *start, *values[:1])
+        low = min(np.quantile(values, 0.05, method="lower"), *start)
         axes.set_ylim(low - 0.1, max(values) + 0.1)
         if min(values) < low:
             axes.set_title(f"{np.mean(np.array(values) < low):.0%} of the points lie lower",
@@ -403,8 +408,7 @@ def peaks(axes, runs, relative):
 
 def scatter(axes, runs):
     """Every checkpoint's win rate over its accuracy on D_golden; a shape a beta."""
-    groups, shapes = grouped(runs), dict(zip(sorted({str(r["beta"]) for r in runs}), "os^Dvp",
-                                             strict=False))
+    groups, shapes = grouped(runs), shapes_of(str(r["beta"]) for r in runs)
     for group, some in groups.items():
         parts = {"all": some} | {f"beta {beta}": part for (beta,), part in sorted(
             grouped(some, "beta").items(), key=str)}

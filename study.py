@@ -8,7 +8,7 @@
 
 Each command makes one file or run folder and goes on from its checkpoint when it is run again: the
 study can be killed at any moment. On a cluster run wave after wave (xargs -P, a job array). Needs
-Linux or macOS; commands share the cores evenly unless OMP_NUM_THREADS is set.
+Linux or macOS; commands that can run at once share the cores, unless OMP_NUM_THREADS is set.
 
 MIT licence. Reading order: tasks.py, sft.py, reward.py, dpo.py, gold_eval.py, online_rlhf.py.
 """
@@ -129,13 +129,13 @@ class Study:
         for task, initial in self.initial.items():
             self.add("tasks.py", initial, task, out=os.path.dirname(initial),
                      **({"pairs": s["pairs"]} if toy else {"text": True}))
-        sft, base = self.sft(""), f"{data}/base"  # from which toy's golden model starts, too
+        sft, initial = self.sft(""), self.initial[self.task]
         self.add("reward.py", f"{self.gold}/final", "train", resume=True, out=self.gold,
-                 model=base if toy else self.args.golden, data=f"{data}/initial.jsonl", **s["gold"],
+                 model=f"{data}/base" if toy else self.args.golden, data=initial, **s["gold"],
                  **self.lengths)
-        self.label(self.initial[self.task], self.d_golden)
+        self.label(initial, self.d_golden)
         self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo", model=sft,
-                 labeller=self.gold, prompts=f"{data}/initial.jsonl", resume=True, lr=s["lr"],
+                 labeller=self.gold, prompts=initial, resume=True, lr=s["lr"],
                  out=f"{runs}/golden-policy", steps=s.get("golden_steps", s["steps"]),
                  beta=s["beta"], **s["train"], **self.lengths)
         self.proxy("proxy", self.d_golden)
@@ -179,8 +179,8 @@ class Study:
                  **flags, eval_data=self.d_golden, gold=self.gold,
                  baseline=f"{self.data}/golden-policy-baseline.jsonl",
                  eval_every=max(1, steps // s.get("evaluations", 16 if steps > s["steps"] else 8)),
-                 resume=True,
-                 **self.lengths, **s["train"] | s["larger"].get(size, {}).get("train", {}))
+                 resume=True, **self.lengths,
+                 **s["train"] | s["larger"].get(size, {}).get("train", {}))
         return out
 
     def online(self, seed, loss="ipo", beta=None, size="", proxy="proxy", lr=None, steps=None):
@@ -307,6 +307,7 @@ EXPERIMENTS = {  # name: the method that lists its runs
 
 
 def name_of(args):
+    """Name of the study's folders in data/ and runs/."""
     return args.scale + (f"-s{args.seed}" if args.seed else "")
 
 

@@ -196,6 +196,10 @@ def test_evaluation_never_shifts_training(toy, tmp_path):
         start = rows[0]  # the policy is its own reference
         assert abs(start["gold/kl"]) < 1e-6
         assert (start["gold/accuracy_golden"], start["gold/accuracy_self"]) == (0.5, 0.5)
+        out = f"{tmp_path}/{script}-judged"  # as if killed before the first checkpoint
+        shutil.rmtree(f"{out}/final")
+        again = run(*first, out, **judged, resume=True)
+        assert timeless(again) == timeless(rows) and len(rows_of(f"{out}/samples.jsonl")) == 72
     assert rows[-1]["gold/kl"] > 0
 
 

@@ -78,6 +78,18 @@ def test_done_stages_are_skipped_and_failures_stop(tmp_path, capfd, monkeypatch)
     assert "ended with status 2" in capfd.readouterr().err
 
 
+def test_alone_in_its_wave_a_command_has_all_cores(tmp_path, monkeypatch):
+    """Three commands, the last two at once, on 4 cores: 4 threads, then 2 and 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(study, "CORES", 4)
+    show = f"{tmp_path}/show.py"
+    (tmp_path / "show.py").write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+    study.run({"a": [show, "--out", "a"], "b": [show, "--data", "a", "--out", "b"],
+               "c": [show, "--data", "a", "--out", "c"]}, 3, "runs")
+    assert [(tmp_path / f"runs/logs/{x}.log").read_text().strip() for x in "abc"] == ["4", "2", "2"]
+
+
 def test_threads_the_wait_and_windows(tmp_path, monkeypatch):
     """A user's OMP_NUM_THREADS stays; a second study says that it waits; no fcntl is one line."""
     monkeypatch.chdir(tmp_path)
@@ -271,7 +283,7 @@ def test_readme_commands_parse_and_paths_exist():
                 for line in line.split(" && ") if line.strip().startswith("python ")]
     assert len(commands) >= 8
     for command in commands:
-        if command.startswith("python -c"):  # over several lines; run by hand
+        if command.startswith("python -c"):  # over several lines: run below
             continue
         words = shlex.split(command, comments=True)[1:]
         if words[0] == "-m":
@@ -281,6 +293,10 @@ def test_readme_commands_parse_and_paths_exist():
         if words[0].startswith("tests/"):
             continue
         __import__(words[0].removesuffix(".py")).parse_args(words[1:])
+    for block in re.findall(r"```bash\n(python -c .*?)```", text, re.S):
+        done = subprocess.run(block.replace("python", sys.executable, 1), shell=True, cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and "+3.5 the horse" in done.stdout, done.stderr
     for path in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / path).exists(), path
     for script in ROOT.glob("*.py"):

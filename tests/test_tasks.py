@@ -70,6 +70,7 @@ def test_toy_base_speaks_every_word(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(f"{tmp_path}/toy/base")
     model = AutoModelForCausalLM.from_pretrained(f"{tmp_path}/toy/base")
     assert len(tokenizer) == model.config.vocab_size
+    assert all(0.05 < weight.std() < 0.075 for weight in model.parameters() if weight.dim() == 2)
     files = (f"{tmp_path}/toy/{name}.jsonl" for name in ("initial", "validation"))
     for row in (row for file in files for row in rows_of(file)):
         ids = tokenizer(row["chosen"]).input_ids
