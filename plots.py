@@ -306,6 +306,21 @@ def band(axes, name, x, values, row, **style):
             for i in np.flatnonzero(~np.isnan(mean))]
 
 
+def ways(axes, runs):
+    """Each run's way from SFT, checkpoint by checkpoint, with standard errors."""
+    groups, shapes = grouped(runs), shapes_of(r["beta"] for r in runs)
+    for run in runs:
+        group = tuple(run[key] for key in GROUP)
+        rows, name = run["start"] + run["rows"], legend(group, groups)
+        x, y, xerr, yerr = ([row[key] for row in rows] for key in (
+            "gold/kl", "gold/win_rate", "gold/kl_se", "gold/win_rate_se"))
+        axes.errorbar(x, y, yerr, xerr, shapes[run["beta"]] + "-", markersize=4.5, elinewidth=0.8,
+                      color=colour_of(group, groups), alpha=0.9,
+                      label=name if run["beta"] is None else f"{name}, beta {run['beta']}")
+        yield from ({"run": run["name"], "kl": kl, "mean": v} for kl, v in zip(x, y, strict=True))
+    axes.set(xlabel="KL(policy, SFT) in nats a response", ylabel=LABELS["gold/win_rate"])
+
+
 def log_kl(axes, ylabel):
     axes.set(xlabel="KL(policy, SFT) in nats a response, log scale", ylabel=ylabel, xscale="log")
     axes.xaxis.set(major_locator=matplotlib.ticker.LogLocator(subs=(1, 2, 5)),
@@ -508,7 +523,7 @@ def by_size(runs):
 
 
 FIGURES = {  # name: what `draw` makes it of; win rate over KL where nothing else is said
-    "main": dict(title="Online and offline from the same start"),
+    "main": dict(title="Online and offline from the same start", panels=[ways], split=None),
     "fig1": dict(title="Online against offline at equal KL"),
     "fig4": dict(title="Is it coverage? Offline on the online run's own pairs, shuffled"),
     "fig5": dict(title="Is it quality? Offline on pairs of the final online policy"),
@@ -547,8 +562,9 @@ def draw(runs, title, panels=(over_kl,), split=by_loss, width=5.2):
         ax.set_title(name)
         ax.grid(alpha=0.25)
         if labels := ax.get_legend_handles_labels()[1]:  # below, where it covers no point
+            each = 0.53 + 0.061 * max(map(len, labels))  # inches
             ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15),
-                      ncols=max(1, round(10 * size[0] / len(drawn) / max(map(len, labels)))))
+                      ncols=max(1, int(size[0] / len(drawn) / each)))
         if len(panels) == 1:
             ax.label_outer()
     figure.suptitle(title)

@@ -433,16 +433,21 @@ def table(runs):
 
 
 def at_equal_kl(online, *offline):
-    """A sentence on how much more online wins than the best of offline at the KLs of both."""
-    found = plots.matched_gap([online], offline, [])
-    if "mean" not in found:
+    """A sentence on how much more online wins than the better of offline where both passed.
+
+    Along the lines of the figure: each run's checkpoints, joined from SFT on.
+    """
+    ways = [sorted((row["gold/kl"], row["gold/win_rate"]) for row in run["start"] + run["rows"])
+            for run in (online, *offline)]
+    low = max(ways[0][1][0], min(way[1][0] for way in ways[1:]))  # the first that was trained
+    high = min(ways[0][-1][0], max(way[-1][0] for way in ways[1:]))
+    if low >= high:
         return "Online and offline did not drift equally far: they cannot be compared."
-    reached = [[row["gold/kl"] for run in runs for row in run["rows"]]
-               for runs in ([online], offline)]
-    low, high = max(map(min, reached)), min(map(max, reached))
-    first, second, gap, *_ = found["mean"]
-    return (f"At the KLs that both reached ({low:.1f} to {high:.1f}) online wins {first:.0%} on "
-            f"average and the best of offline {second:.0%}: {gap:+.2f}.")
+    kls = plots.np.linspace(low, high, 200)
+    first, *others = (plots.np.interp(kls, *zip(*way, strict=True), right=-1) for way in ways)
+    first, second = first.mean(), plots.np.max(others, 0).mean()
+    return (f"At the KLs that both passed ({low:.1f} to {high:.1f}) online wins {first:.0%} on "
+            f"average and the better of offline {second:.0%}: {first - second:+.2f}.")
 
 
 def examples(runs, count=2):
@@ -464,9 +469,9 @@ def examples(runs, count=2):
 
 NEXT = """
 Three things to try next:
-  diff dpo.py ipo.py                        # what tells one loss from another
-  python study.py --scale demo --list       # the commands that were just run, to run one by one
-  python study.py --scale demo --only fig13 # the online run's own pairs, replayed and shuffled"""
+  diff dpo.py ipo.py                     # what tells one loss from another
+  python study.py --scale demo --list    # the commands that were just run, to run one by one
+  README.md, "Seven lessons"             # each a command, and what to look for in its output"""
 
 
 def main(args):

@@ -1,15 +1,16 @@
-"""Time our DPO step, online step, sampler and evaluation on a model folder and a file of pairs.
+"""Time our training steps, sampler and evaluation on a model folder and a file of pairs.
 
     python tests/bench.py MODEL PAIRS                  # every measure, each in its own process
     python tests/bench.py MODEL PAIRS --only dpo ipo   # some of them
+    python tests/bench.py MODEL PAIRS --only sft dpo --profile   # where the time of a step goes
     python tests/bench.py qwen-0.5b PAIRS              # a random model of Qwen2.5-0.5B's shape
 
 One JSON line each: pairs/s or tokens/s after a warm-up, peak memory in GB and, for training, the
 FLOP/s of its matrix products (unpadded tokens, recomputation not counted) as a share of the rate
-measured on one large matrix product. `plain` is `dpo` with two rows a pair, `profile` tells where
-the time of a DPO step goes. The peers on the same work: `trl` is TRL's DPOTrainer (where
-installed), `generate` and `generate-varied` are transformers' own sampling with fixed lengths, and
-with EOS at random lengths.
+measured on one large matrix product. `plain` is `dpo` with two rows a pair, `reward` trains a
+pointwise preference model. The peers on the same work: `trl` is TRL's DPOTrainer (where installed),
+`generate` and `generate-varied` are transformers' own sampling with fixed lengths, and with EOS at
+random lengths.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from functools import partial
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 import dpo
@@ -37,10 +39,11 @@ import online_rlhf
 import reward
 import slic
 
-MEASURES = ["dpo", "plain", "ipo", "slic", "trl", "online", "sample", "generate", "sample-varied",
-            "generate-varied", "evaluate", "profile"]
+MEASURES = ["sft", "reward", "dpo", "plain", "ipo", "slic", "trl", "online", "sample", "generate",
+            "sample-varied", "generate-varied", "evaluate"]
 KINDS = {"matrix products": ("mm", "addmm", "bmm"), "attention": ("attention",),
-         "log-softmax": ("log_softmax", "nll_loss"), "optimizer": ("adamw", "vector_norm")}
+         "log-softmax": ("log_softmax", "nll_loss"),
+         "optimizer and norm": ("adamw", "vector_norm")}
 EOS_CHANCE = 1 / 32  # of ending at each token, where lengths vary
 
 
@@ -50,6 +53,7 @@ def parse_args(argv=None):
     p.add_argument("model", help="model folder, hub name, or qwen-0.5b")
     p.add_argument("data", help="pairs (jsonl)")
     p.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="what to time")
+    p.add_argument("--profile", action="store_true", help="milliseconds of a step by operator")
     p.add_argument("--steps", type=int, default=5, help="timed steps, after one warm-up")
     p.add_argument("--batch-size", type=int, default=16, help="pairs a step")
     p.add_argument("--prompts", type=int, default=32, help="prompts to sample from, twice each")
@@ -133,13 +137,30 @@ def make_qwen(data, folder):
     )).save_pretrained(folder)
 
 
+def timed(step, args, flops=None):
+    """Pairs/s of a training step; its share of the machine's rate; or where its time goes."""
+    took = seconds(step, args.steps)
+    if args.profile:
+        return where_time_goes(step, args.steps, statistics.mean(took))
+    found = {"pairs_per_s": args.batch_size * args.steps / sum(took)}
+    if flops:
+        rate = flops / sum(took)
+        found |= {"flop_per_s": rate, "share_of_matmul": rate / matmul_rate(dpo.DEVICE)}
+    return found
+
+
+def batches_of(args, pairs):
+    """A batch to warm up and one a step."""
+    size = args.batch_size
+    return [[pairs[j % len(pairs)] for j in range(i * size, (i + 1) * size)]
+            for i in range(args.steps + 1)]
+
+
 def offline_step(name, args, policy, pairs):
     """A training step of dpo.py, ipo.py or slic.py, reference log-probs computed before."""
     loss_fn = partial({"ipo": ipo.ipo_loss, "slic": slic.slic_loss}.get(name, dpo.dpo_loss),
                       beta=0.1)
-    size = args.batch_size
-    batches = [[pairs[j % len(pairs)] for j in range(i * size, (i + 1) * size)]
-               for i in range(args.steps + 1)]
+    batches = batches_of(args, pairs)
     logps_of = dpo.plain_logps if name == "plain" else dpo.choose_logps(policy, pairs)
     with dpo.autocast():
         refs = [dpo.batch_logps(policy, logps_of, b, args.tokens_per_microbatch) for b in batches]
@@ -150,12 +171,28 @@ def offline_step(name, args, policy, pairs):
                             args.tokens_per_microbatch)
         dpo.optimizer_step(policy, optimizer, 1e-5, "bench")
 
-    took = seconds(step, args.steps)
-    if name == "profile":
-        return where_time_goes(step, args.steps, statistics.mean(took))
-    flops = sum(training_flops(policy, b) for b in batches[1:]) / sum(took)
-    return {"pairs_per_s": size * args.steps / sum(took), "flop_per_s": flops,
-            "share_of_matmul": flops / matmul_rate(policy.device)}
+    return timed(step, args, sum(training_flops(policy, b) for b in batches[1:]))
+
+
+def likelihood_step(name, args, policy, pairs):
+    """A training step of sft.py, or of `reward.py train --kind pointwise`."""
+    model, batches = policy, batches_of(args, pairs)
+    if name == "reward":
+        model, _ = reward.load_preference_model(args.model, args, "pointwise")
+    logps_of = dpo.choose_logps(policy, pairs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+
+    def step(i):
+        for rows in dpo.micro_batches(batches[i], args.tokens_per_microbatch):
+            batch = [batches[i][j] for j in rows]
+            with dpo.autocast():
+                nll = (-logps_of(model, batch) if name == "sft" else
+                       F.softplus(-reward.preference_logits(model, batch))).sum()
+            nll.backward()
+            nll.item()
+        dpo.optimizer_step(model, optimizer, 1e-5, "bench")
+
+    return timed(step, args)
 
 
 def where_time_goes(step, steps, seconds_a_step):
@@ -224,7 +261,7 @@ def online_step(args, policy, pairs):
                             args.tokens_per_microbatch)
         dpo.optimizer_step(policy, optimizer, 1e-5, "bench")
 
-    return {"pairs_per_s": size * args.steps / sum(seconds(step, args.steps))}
+    return timed(step, args)
 
 
 def sampler(args, policy, tokenizer, pairs, varied):
@@ -302,6 +339,8 @@ def measure(name, args):
                                    args.max_response_tokens)
             if name == "online":
                 found = online_step(args, policy, pairs)
+            elif name in ("sft", "reward"):
+                found = likelihood_step(name, args, policy, pairs)
             elif name == "evaluate":
                 found = evaluation(args, policy, tokenizer, pairs)
             elif name.startswith(("sample", "generate")):
@@ -328,7 +367,7 @@ def main(args):
 def run_each(args, model):
     """Every measure in a process of its own, so that one's memory is not counted as another's."""
     rest = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items()
-            if k not in ("model", "data", "only")]
+            if k not in ("model", "data", "only", "profile")] + ["--profile"] * args.profile
     for name in args.only:
         if name == "trl" and not importlib.util.find_spec("trl"):
             print("trl: not installed", file=sys.stderr)

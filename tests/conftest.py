@@ -1,7 +1,9 @@
 """Tiny models and data, made once; each test sees copies of numbers it can check."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -55,6 +57,45 @@ def random_pairs(count, seed=0, vocab=50, low=2, shortest=1):
         return torch.randint(low, vocab, (n,), generator=g).tolist()
 
     return [(ids(12), ids(8) + [1], ids(8) + [1]) for _ in range(count)]
+
+
+FORKS = multiprocessing.get_context("forkserver")  # a start of Python with its imports takes 7 s
+FORKS.set_forkserver_preload(["pytest", "transformers.models.llama.modeling_llama",
+                              "transformers.models.auto.modeling_auto", "safetensors.torch"])
+
+
+def script(*words):
+    """What `python WORDS` does, in the process that calls."""
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _forked(out, err, target, *args):
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    target(*args)
+
+
+class Fork:
+    """A process of one thread that calls `target`, forked from one that has imported torch and
+    transformers. `run.process` is multiprocessing's."""
+
+    def __init__(self, folder, target, *args):
+        self.paths = f"{folder}/stdout", f"{folder}/stderr"
+        self.process = FORKS.Process(target=_forked, args=(*self.paths, target, *args))
+        self.process.start()
+
+    def end(self):
+        """Wait; its (status or negative signal, standard output, standard error)."""
+        self.process.join()
+        return self.process.exitcode, *(Path(path).read_text() for path in self.paths)
+
+    def succeed(self):
+        """Wait; its standard output. An error where it failed."""
+        status, out, err = self.end()
+        assert status == 0, err
+        return out
 
 
 @pytest.fixture(autouse=True)

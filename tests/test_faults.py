@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, flags, rows_of, same_weights
+from conftest import ROOT, Fork, flags, rows_of, same_weights, script
 from test_data import load, pair, tokenizer
 from test_scripts import timeless
 
@@ -121,8 +122,7 @@ def command(script, toy, out, **kwargs):
         given["data"] = f"{toy}/data/golden.jsonl"
     if script == "reward":
         given |= dict(kind="pairwise", eval_every=5)
-    return [sys.executable, f"{ROOT}/{script}.py", *(["train"] if script == "reward" else []),
-            *flags(**given)]
+    return [f"{ROOT}/{script}.py", *(["train"] if script == "reward" else []), *flags(**given)]
 
 
 TINY = dict(pairs=300, prompts=16, seeds=[0], betas=[0.1], lrs=[1e-3], steps=24, long=24,
@@ -174,96 +174,99 @@ def test_study_killed_at_random_moments(tmp_path):
     print(f"study: killed {killed} times over {times} studies of {took:.0f} s")
 
 
-def kill_at_random(words, env, moved, span, startup, rng):
-    """Start a command in a process group of its own and SIGKILL the group at a random moment:
-    one in five while it starts, else up to `span` seconds after the file `moved` was rewritten.
+def kill_at_random(words, folder, moved, span, startup, rng):
+    """Start a command and SIGKILL it at a random moment: one in five while it starts, else up to
+    `span` seconds after the file `moved` was rewritten.
     True where it was killed, False where it had ended, with status 0, before.
     """
     def stamp():
         return os.stat(moved).st_mtime_ns if os.path.exists(moved) else 0
 
-    before = stamp()
-    run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env,
-                           start_new_session=True)
+    before, run = stamp(), Fork(folder, script, *words)
     if rng.random() < 0.2:
         time.sleep(rng.uniform(0, startup))
     else:
-        while stamp() == before and run.poll() is None:
+        while stamp() == before and run.process.is_alive():
             time.sleep(0.002)
         time.sleep(rng.uniform(0, span))
-    with contextlib.suppress(ProcessLookupError):  # it has ended
-        os.killpg(run.pid, signal.SIGKILL)
-    err = run.communicate()[1].decode()
-    assert run.returncode in (0, -signal.SIGKILL), err
-    return run.returncode != 0
+    run.process.kill()
+    status, _, err = run.end()
+    assert status in (0, -signal.SIGKILL), err
+    return status != 0
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_random_moments(toy, tmp_path, script):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_at_random_moments(toy, tmp_path, name):
     """SIGKILL, resume, again and again: in the end the bits of the uninterrupted run."""
-    rng, env = random.Random(script), os.environ | {"OMP_NUM_THREADS": "1"}
+    rng = random.Random(name)
     short = dict(steps=200, save_every=3) if KILLS else dict(steps=60, save_every=7)
     whole, began = f"{tmp_path}/whole", time.time()
-    subprocess.run(command(script, toy, whole, **short), check=True, capture_output=True, env=env)
+    Fork(tmp_path, script, *command(name, toy, whole, **short)).succeed()
     startup = os.stat(f"{whole}/args.json").st_mtime - began
     training = os.stat(f"{whole}/metrics.jsonl").st_mtime - began - startup
     killed, runs = 0, 0
     while killed < (KILLS or 2):  # where a run ends before its kills are spent, another begins
         out, runs = f"{tmp_path}/killed-{runs}", runs + 1
-        words = command(script, toy, out, resume=True, **short)
+        words = command(name, toy, out, resume=True, **short)
         while not os.path.exists(f"{out}/final") and killed < (KILLS or 2):
-            killed += kill_at_random(words, env, f"{out}/metrics.jsonl",
+            killed += kill_at_random(words, tmp_path, f"{out}/metrics.jsonl",
                                      2 * training / (KILLS or 2), startup, rng)
         if not os.path.exists(f"{out}/final"):
-            subprocess.run(words, check=True, capture_output=True, env=env)
+            Fork(tmp_path, script, *words).succeed()
         assert same_weights(out, whole)
         assert timeless(rows_of(f"{out}/metrics.jsonl")) == timeless(rows_of(
             f"{whole}/metrics.jsonl"))
-        if script == "online_rlhf":
+        if name == "online_rlhf":
             assert rows_of(f"{out}/stream.jsonl") == rows_of(f"{whole}/stream.jsonl")
-    print(f"{script}: killed {killed} times over {runs} runs of {training:.1f} s")
+    print(f"{name}: killed {killed} times over {runs} runs of {training:.1f} s")
 
 
-@pytest.mark.parametrize("script", ["dpo", "online_rlhf"])
-def test_memory_is_flat(toy, tmp_path, script):
+def frugal(*words):
+    """A script whose freed blocks go back to the system at once."""
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+    script(*words)
+
+
+@pytest.mark.parametrize("name", ["dpo", "online_rlhf"])
+def test_memory_is_flat(toy, tmp_path, name):
     """What is resident, over the steps of a run that also evaluates and saves: no slope."""
     out, seen = f"{tmp_path}/r", []
-    run = subprocess.Popen(
-        command(script, toy, out, steps=STEPS, batch_size=2, save_every=STEPS // 10,
-                eval_every=STEPS // 10, gold=f"{toy}/gold", baseline=f"{toy}/baseline.jsonl"),
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"})
-    while run.poll() is None:
+    run = Fork(tmp_path, frugal, *command(
+        name, toy, out, steps=STEPS, batch_size=2, save_every=STEPS // 10,
+        eval_every=STEPS // 10, gold=f"{toy}/gold", baseline=f"{toy}/baseline.jsonl"))
+    while run.process.is_alive():
         with contextlib.suppress(OSError, ValueError):
-            with open(f"/proc/{run.pid}/statm") as f:
+            with open(f"/proc/{run.process.pid}/statm") as f:
                 resident = int(f.read().split()[1]) * resource.getpagesize()
             seen.append((os.path.getsize(f"{out}/metrics.jsonl"), resident))
         time.sleep(0.02)
-    assert run.returncode == 0
+    run.succeed()
     whole = os.path.getsize(f"{out}/metrics.jsonl")
     steps, sizes = zip(*((STEPS * at / whole, size / 1e6) for at, size in seen
                          if whole / 4 < at < whole), strict=True)
     slope, _ = statistics.linear_regression(steps, sizes)
-    print(f"{script}: {slope * 1000:+.2f} MB per 1,000 steps, {len(steps)} samples, "
+    print(f"{name}: {slope * 1000:+.2f} MB per 1,000 steps, {len(steps)} samples, "
           f"{min(sizes):.0f} to {max(sizes):.0f} MB")
     assert abs(slope) * STEPS < 5
+
+
+def short_of_disk(*words):
+    """A script that may write files of 60 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    script(*words)
 
 
 def test_full_disk_loses_nothing(toy, tmp_path):
     """A file-size limit below the checkpoint's: one line, status 2; with room again it goes on."""
     out = f"{tmp_path}/r"
     words = command("dpo", toy, out, resume=True)
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    full = subprocess.run(words, preexec_fn=limit, capture_output=True, text=True)
-    assert full.returncode == 2 and len(full.stderr.strip().splitlines()) == 1, full.stderr
-    assert "saved before is whole" in full.stderr
+    status, _, err = Fork(tmp_path, short_of_disk, *words).end()
+    assert status == 2 and len(err.strip().splitlines()) == 1, err
+    assert "saved before is whole" in err
     assert len(rows_of(f"{out}/metrics.jsonl")) == 7
-    subprocess.run(words, check=True, capture_output=True)
-    subprocess.run(command("dpo", toy, f"{tmp_path}/whole"), check=True, capture_output=True)
+    Fork(tmp_path, script, *words).succeed()
+    Fork(tmp_path, script, *command("dpo", toy, f"{tmp_path}/whole")).succeed()
     assert same_weights(out, f"{tmp_path}/whole")
 
 
@@ -309,9 +312,8 @@ def test_damaged_checkpoint_is_named(toy, tmp_path):
     out = tmp_path / "r"
     out.mkdir()
     (out / "checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      cut")
-    done = subprocess.run(command("dpo", toy, str(out), resume=True), capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and "checkpoint.safetensors is damaged" in done.stderr
+    status, _, err = Fork(tmp_path, script, *command("dpo", toy, str(out), resume=True)).end()
+    assert status == 2 and "checkpoint.safetensors is damaged" in err
 
 
 # ---- no pickle -----------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def test_pickled_weights_are_refused(toy, tmp_path):
     target = tmp_path / "boom"
     (tmp_path / "bomb/pytorch_model.bin").write_bytes(
         b"cos\nsystem\n(S'touch " + str(target).encode() + b"'\ntR.")
-    done = subprocess.run(command("dpo", tmp_path, f"{tmp_path}/r", model=f"{tmp_path}/bomb"),
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and "cannot load a model" in done.stderr
+    status, _, err = Fork(tmp_path, script, *command(
+        "dpo", tmp_path, f"{tmp_path}/r", model=f"{tmp_path}/bomb")).end()
+    assert status == 2 and "cannot load a model" in err
     assert not target.exists()

@@ -7,14 +7,13 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
+import resource
 from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHARED, load_model, random_pairs, tiny
+from conftest import SHARED, Fork, load_model, random_pairs, tiny
 from test_data import load, pair, tokenizer
 from test_logps import brute_force
 
@@ -261,15 +260,17 @@ def test_resume_where_a_weight_never_had_a_gradient(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*saved, strict=True))
 
 
-LOAD = """
-import json, resource, sys, dpo, transformers
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-dpo.load_pairs(sys.argv[2], tokenizer, 1000, 1000)
-before = peak()
-pairs = dpo.load_pairs(sys.argv[3], tokenizer, 1000, 1000)
-print((peak() - before) / sum(len(ids) for pair in pairs for ids in pair))
-"""
+def print_bytes_a_token(folder):
+    import dpo
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    dpo.load_pairs(f"{folder}/few.jsonl", tokenizer, 1000, 1000)
+    before = peak()
+    pairs = dpo.load_pairs(f"{folder}/many.jsonl", tokenizer, 1000, 1000)
+    print((peak() - before) / sum(len(ids) for pair in pairs for ids in pair))
 
 
 def test_pairs_take_few_bytes_a_token(tmp_path):
@@ -285,9 +286,7 @@ def test_pairs_take_few_bytes_a_token(tmp_path):
             for i in range(count):
                 text = " ".join(str(300 + (i + j) % 4700) for j in range(50))
                 f.write(json.dumps(pair(text, text + " 7", text + " 8")) + "\n")
-    found = subprocess.run([sys.executable, "-c", LOAD, tmp_path, tmp_path / "few.jsonl",
-                            tmp_path / "many.jsonl"], cwd=ROOT, check=True, capture_output=True,
-                           text=True).stdout
+    found = Fork(tmp_path, print_bytes_a_token, str(tmp_path)).succeed()
     assert float(found.splitlines()[-1]) < 16
 
 

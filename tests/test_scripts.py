@@ -128,7 +128,7 @@ def test_equal_samples_are_counted_and_weightless(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", [*LOSSES, "online_rlhf", "sft", "reward"])
-def test_stopped_and_resumed_equals_uninterrupted(toy, tmp_path, script):
+def test_stopped_and_resumed_equals_uninterrupted(toy, tmp_path, script, monkeypatch, capsys):
     """A run stopped by SIGTERM after step 2 and resumed: same metrics, stream and weights."""
     kwargs = dict(model=f"{toy}/sft", save_every=3, **SHORT)
     if script == "online_rlhf":
@@ -142,23 +142,18 @@ def test_stopped_and_resumed_equals_uninterrupted(toy, tmp_path, script):
 
     module = __import__(script)
     module.main(module.parse_args([*words, "--out", f"{tmp_path}/whole"]))
-    stop_after = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import {script} as script
-update = script.optimizer_step
-def optimizer_step(model, optimizer, lr, what):
-    if ": step 2, " in what:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return update(model, optimizer, lr, what)
-script.optimizer_step = optimizer_step
-script.main(script.parse_args(sys.argv[1:]))
-"""
-    out = f"{tmp_path}/stopped"
-    stopped = subprocess.run([sys.executable, "-c", stop_after, *words, "--out", out],
-                             capture_output=True, text=True)
-    assert stopped.returncode == 128 + 15, stopped.stderr
-    assert "SIGTERM: saved step 2" in stopped.stderr
+    update, out = module.optimizer_step, f"{tmp_path}/stopped"
+
+    def optimizer_step(*args):
+        if ": step 2, " in args[-1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(module, "optimizer_step", optimizer_step)
+        module.main(module.parse_args([*words, "--out", out]))
+    assert stop.value.code == 128 + 15
+    assert "SIGTERM: saved step 2" in capsys.readouterr().err
     with open(f"{out}/metrics.jsonl", "a") as f:
         f.write('{"step": 3, "half a li')  # as a kill in mid-write leaves it
     module.main(module.parse_args([*words, "--out", out, "--resume"]))

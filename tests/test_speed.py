@@ -1,65 +1,67 @@
 """What a step costs: memory does not grow with the vocabulary, and grows linearly with tokens;
 time a token is the same for few and for many pairs."""
 
+import ctypes
 import json
-import os
-import subprocess
-import sys
+import resource
+import threading
 import time
+from functools import partial
 
 import pytest
-from conftest import ROOT, load_model
+import torch
+import transformers
+from conftest import Fork, load_model
 
 import dpo
 
-STEP = """
-import sys, threading, time, torch, transformers, dpo
-from functools import partial
-vocab, rows, response = map(int, sys.argv[1:])
-torch.manual_seed(0)
-model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-    vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)).eval()
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-pairs = [([5] * 100, [7] * response, [8] * response)] * rows
-def step(pairs):
-    dpo.preference_step(model, dpo.pair_logps, partial(dpo.dpo_loss, beta=0.1), pairs,
-                        torch.zeros(2, len(pairs)), 0.1, 1 << 20)
-    dpo.optimizer_step(model, optimizer, 1e-5, "")
-def resident_mb():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
-def watch():
-    while True:
-        seen.append(resident_mb())
-        time.sleep(0.001)
-step(pairs[:1])  # weights, gradients and Adam's moments are there from here on
-seen = [resident_mb()]
-threading.Thread(target=watch, daemon=True).start()
-step(pairs)
-print(max(seen) - seen[0])
-"""
+
+def print_peak(vocab, rows, response):
+    """Freed blocks go back to the system at once (mallopt), so that it is what was alive."""
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    pairs = [([5] * 100, [7] * response, [8] * response)] * rows
+
+    def step(pairs):
+        dpo.preference_step(model, dpo.pair_logps, partial(dpo.dpo_loss, beta=0.1), pairs,
+                            torch.zeros(2, len(pairs)), 0.1, 1 << 20)
+        dpo.optimizer_step(model, optimizer, 1e-5, "")
+
+    def resident_mb():
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * resource.getpagesize() / 1e6
+
+    def watch():
+        while True:
+            seen.append(resident_mb())
+            time.sleep(0.001)
+
+    step(pairs[:1])  # weights, gradients and Adam's moments are there from here on
+    seen = [resident_mb()]
+    threading.Thread(target=watch, daemon=True).start()
+    step(pairs)
+    print(max(seen) - seen[0], flush=True)
 
 
-def peak_mb(vocab, rows, response):
-    """MB that a DPO step of `rows` pairs in one micro-batch takes beyond a step of one pair.
-
-    Freed blocks go back to the system at once (the threshold), so that it is what was alive."""
-    found = subprocess.run([sys.executable, "-c", STEP, *map(str, (vocab, rows, response))],
-                           cwd=ROOT, check=True, capture_output=True, text=True,
-                           env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
-    return float(found.stdout)
+def peak_mb(folder, *args):
+    """MB that a DPO step of `rows` pairs in one micro-batch takes beyond a step of one pair."""
+    return float(Fork(folder, print_peak, *args).succeed())
 
 
-def test_memory_does_not_grow_with_the_vocabulary():
+def test_memory_does_not_grow_with_the_vocabulary(tmp_path):
     """3,200 response tokens: all their logits would be 0.2 and 1.6 GB, and as much again for their
     softmax and its gradient."""
-    small, large = peak_mb(16_000, 16, 100), peak_mb(128_000, 16, 100)
+    small, large = (peak_mb(tmp_path, vocab, 16, 100) for vocab in (16_000, 128_000))
     assert large - small < 150, (small, large)
 
 
-def test_memory_grows_linearly_with_tokens():
+def test_memory_grows_linearly_with_tokens(tmp_path):
     """Twice the rows take twice the memory, beyond what does not depend on them."""
-    one, two, four = (peak_mb(512, rows, 100) for rows in (32, 64, 128))
+    one, two, four = (peak_mb(tmp_path, 512, rows, 100) for rows in (32, 64, 128))
     assert four - two == pytest.approx(2 * (two - one), rel=0.2), (one, two, four)
     assert two - one > 30  # or this test measures nothing
 

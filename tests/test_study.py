@@ -65,15 +65,16 @@ def test_done_stages_are_skipped_and_failures_stop(tmp_path, capfd, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "done").write_text("")
     toy = ["tasks.py", "toy", "--pairs", "20", "--width", "8", "--out", "data"]
-    copied = ["tasks.py", "file", "--file", "data/initial.jsonl", "--out", "copy"]
+    (tmp_path / "copy.py").write_text("import shutil, sys; shutil.copytree(sys.argv[2], 'copy')")
+    (tmp_path / "fail.py").write_text("raise SystemExit(2)")
     stages = {"done": ["nonsense.py", "--out", "done"], "data/initial.jsonl": toy,
-              "copy/initial.jsonl": copied}
+              "copy/initial.jsonl": [f"{tmp_path}/copy.py", "--file", "data", "--out", "copy"]}
     study.run(stages, 2, "runs")
     assert (tmp_path / "copy/initial.jsonl").read_bytes() == (
         tmp_path / "data/initial.jsonl").read_bytes()
-    assert "20 pairs" in (tmp_path / "runs/logs/copy.log").read_text()
+    assert "20 pairs" in (tmp_path / "runs/logs/data.log").read_text()
     with pytest.raises(SystemExit) as stop:
-        study.run({**stages, "new": ["dpo.py", "--nonsense", "--out", "new"]}, 1, "runs")
+        study.run({**stages, "new": [f"{tmp_path}/fail.py", "--out", "new"]}, 1, "runs")
     assert stop.value.code == 2
     assert "ended with status 2" in capfd.readouterr().err
 
@@ -211,7 +212,9 @@ def test_what_the_demo_ends_in(recorded):
     assert lines[3].startswith("| a0 | 0.500 ± 0.010 | 4.000 ± 0.010 | 4.500 ± 0.500 |")
     said = study.at_equal_kl(online, offline)
     assert "(1.0 to 4.0) online wins" in said and said.endswith(": +0.10.")
-    beyond = offline | {"rows": [judged(2, 9.0, 0.2)]}
+    worse = offline | {"rows": [judged(2, 0.5, 0.05), judged(4, 9.0, 0.05)]}  # further, no better
+    assert study.at_equal_kl(online, worse, offline) == said
+    beyond = offline | {"rows": [judged(2, 9.0, 0.2), judged(4, 10.0, 0.2)]}
     assert study.at_equal_kl(online, beyond).endswith("cannot be compared.")
     assert study.examples(recorded[:2], 1).splitlines() == [
         "", "write two happy lines about a fox:", *(
