@@ -44,10 +44,10 @@ TOY = dict(
     lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40], larger={})
 SCALES = {
     "demo": TOY | dict(
-        pairs=16_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200, evaluations=4,
-        lrs=[3e-4], betas=[0.02, 0.05], sft=TOY["sft"] | dict(steps=250), golden_steps=120,
-        gold=TOY["gold"] | dict(steps=500, lr=2e-3, warmup=20),
-        proxy=TOY["proxy"] | dict(steps=200, warmup=20)),
+        pairs=20_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200, evaluations=4,
+        lrs=[3e-4], betas=[0.02, 0.05], sft=TOY["sft"] | dict(steps=150, lr=3e-3), golden_steps=120,
+        gold=TOY["gold"] | dict(steps=400, lr=7e-4, warmup=20, eval_every=50),
+        proxy=TOY["proxy"] | dict(steps=200, lr=7e-4, warmup=20)),
     "toy": TOY,
     "paper": dict(  # its hyper-parameters (section 4, appendix A); models are flags
         tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0], sizes=["", "-2", "-3"],
@@ -131,8 +131,7 @@ class Study:
                      **({"pairs": s["pairs"]} if toy else {"text": True}))
         sft, initial = self.sft(""), self.initial[self.task]
         self.add("reward.py", f"{self.gold}/final", "train", resume=True, out=self.gold,
-                 model=f"{data}/base" if toy else self.args.golden, data=initial, **s["gold"],
-                 **self.lengths)
+                 model=sft if toy else self.args.golden, data=initial, **s["gold"], **self.lengths)
         self.label(initial, self.d_golden)
         self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo", model=sft,
                  labeller=self.gold, prompts=initial, resume=True, lr=s["lr"],
@@ -211,7 +210,7 @@ class Study:
     def main(self):
         if self.task == "toy":  # how often the golden model is right, by people without noise
             self.label(f"{self.data}/validation.jsonl", f"{self.data}/golden-validation.jsonl")
-        return [self.online(self.seeds[0], beta=max(self.betas))] + [
+        return [self.online(self.seeds[0], beta=min(self.betas))] + [
             self.offline(self.seeds[0], beta=beta) for beta in self.betas]
 
     def fig1(self):
