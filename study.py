@@ -418,13 +418,14 @@ def run(stages, jobs, folder):
 
 
 def table(runs):
-    """A Markdown table of SFT and the finished policies: value and standard error a measure."""
+    """A Markdown table of SFT and {name: finished run}: value and standard error a measure."""
     columns = {"win rate against the golden policy": "gold/win_rate", "KL to SFT": "gold/kl",
                "hidden utility": "toy/utility", "accuracy on D_golden": "gold/accuracy_golden",
-               "tokens": "gold/response_length"}
+               "tokens a response": "gold/response_length"}
     lines = ["| policy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in [("SFT, where all start", runs[0]["start"][0]),
-                      *((run["name"], run["rows"][-1]) for run in runs)]:
+    start = next(iter(runs.values()))["start"][0]
+    ends = {name: run["rows"][-1] for name, run in runs.items()}
+    for name, row in ({"SFT, where all start": start} | ends).items():
         cells = (f"{round(row[key], 3) + 0:.3f} ± {row[f'{key}_se']:.3f}"  # no -0.000
                  for key in columns.values())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -449,14 +450,14 @@ def at_equal_kl(online, *offline):
             f"average and the better of offline {second:.0%}: {first - second:+.2f}.")
 
 
-def examples(runs, count=2):
-    """What SFT and the finished runs answer to the same prompts, each with its hidden utility."""
+def examples(folders, count=2):
+    """What SFT and {name: run folder} answer to the same prompts, each with its hidden utility."""
     answers = {}  # name: rows of samples
-    for run in runs:
-        with open(f"{run}/samples.jsonl", encoding="utf-8") as f:
+    for name, folder in folders.items():
+        with open(f"{folder}/samples.jsonl", encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]
         answers.setdefault("SFT", [row for row in rows if row["step"] == 0])
-        answers[os.path.basename(run)] = [row for row in rows if row["step"] == rows[-1]["step"]]
+        answers[name] = [row for row in rows if row["step"] == rows[-1]["step"]]
     lines, width = [], max(map(len, answers))
     for i in range(count):
         lines += ["", answers["SFT"][i]["prompt"]]
@@ -493,7 +494,9 @@ def main(args):
         plots.main(plots.parse_args([*runs, "--figure", figure, "--out", f"{folder}/{figure}.png"]))
         if figure == "main":
             read = [plots.read_run(run) for run in runs]
-            result = f"{table(read)}\n\n{at_equal_kl(*read)}\n{examples(runs)}\n"
+            names = [f"{run['source']}, beta {run['beta']}" for run in read]
+            result = "\n".join([table(dict(zip(names, read, strict=True))), "", at_equal_kl(*read),
+                                examples(dict(zip(names, runs, strict=True))), ""])
             with open(f"{folder}/main.md", "w", encoding="utf-8") as f:
                 f.write(result)
             print(f"\n{result}{NEXT}")

@@ -207,7 +207,7 @@ def test_gaps_are_those_of_the_runs(recorded, tmp_path):
 def test_what_the_demo_ends_in(recorded):
     """SFT and two runs in a table, a sentence at equal KL, samples with the utility of each."""
     online, offline = (plots.read_run(run) for run in recorded[:2])
-    lines = study.table([online, offline]).splitlines()
+    lines = study.table({"a0": online, "b0": offline}).splitlines()
     assert len(lines) == 5 and lines[2].startswith("| SFT, where all start | 0.100 ± 0.010 | 0.000")
     assert lines[3].startswith("| a0 | 0.500 ± 0.010 | 4.000 ± 0.010 | 4.500 ± 0.500 |")
     said = study.at_equal_kl(online, offline)
@@ -216,7 +216,7 @@ def test_what_the_demo_ends_in(recorded):
     assert study.at_equal_kl(online, worse, offline) == said
     beyond = offline | {"rows": [judged(2, 9.0, 0.2), judged(4, 10.0, 0.2)]}
     assert study.at_equal_kl(online, beyond).endswith("cannot be compared.")
-    assert study.examples(recorded[:2], 1).splitlines() == [
+    assert study.examples(dict(zip(["a0", "b0"], recorded, strict=False)), 1).splitlines() == [
         "", "write two happy lines about a fox:", *(
             f"  {name:3} (+5.0) the fox danced. the fox sang." for name in ("SFT", "a0", "b0"))]
 
@@ -281,6 +281,8 @@ def test_readme_commands_parse_and_paths_exist():
     import re
 
     text = (ROOT / "README.md").read_text()
+    for name, words in re.findall(r"^(\w+)=\((.*?)\)$", text, re.S | re.M):
+        text = text.replace(f'"${{{name}[@]}}"', words)  # as bash and zsh read an array
     commands = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
                 for line in block.replace("\\\n", " ").split("\n")
                 for line in line.split(" && ") if line.strip().startswith("python ")]
@@ -296,7 +298,7 @@ def test_readme_commands_parse_and_paths_exist():
         if words[0].startswith("tests/"):
             continue
         __import__(words[0].removesuffix(".py")).parse_args(words[1:])
-    for block in re.findall(r"```bash\n(python -c .*?)```", text, re.S):
+    for block in re.findall(r"```bash\n(python -c .*?)```", text, re.S)[:1]:  # reads no run
         done = subprocess.run(block.replace("python", sys.executable, 1), shell=True, cwd=ROOT,
                               capture_output=True, text=True)
         assert done.returncode == 0 and "+3.5 the horse" in done.stdout, done.stderr
