@@ -365,7 +365,7 @@ def over_kl(axes, runs, measure="gold/win_rate"):
         axes.plot([], [], shape, color="0.4", markersize=4, label=f"{by} {NAMES.get(value, value)}")
     if measure == "toy/utility":  # a few ruined policies would squeeze all others
         values = [row[measure] for r in runs for row in r["rows"]]
-        low = min(np.quantile(values, 0.05, method="lower"), *start)
+        low = min([np.quantile(values, 0.05, method="lower"), *start])
         axes.set_ylim(low - 0.1, max(values) + 0.1)
         if min(values) < low:
             axes.set_title(f"{np.mean(np.array(values) < low):.0%} of the points lie lower",

@@ -385,6 +385,11 @@ def test_figures_from_stored_checkpoints(recorded, tmp_path):
                                  again]))
     assert table_of(tmp_path / "f.csv") == table_of(tmp_path / "g.csv") != []
     assert table_of(tmp_path / "f-checkpoints.csv") == table_of(tmp_path / "g-checkpoints.csv")
+    lines = (tmp_path / "f-checkpoints.csv").read_text().splitlines(keepends=True)
+    step = lines[0].split(",").index("step")
+    older = [line for line in lines if line.split(",")[step] != "0"]  # not judged at step 0
+    (tmp_path / "older.csv").write_text("".join(older))
+    plots.main(plots.parse_args([f"{tmp_path}/older.csv", "--figure", "utility", "--out", again]))
     with pytest.raises(SystemExit):
         plots.main(plots.parse_args([f"{tmp_path}/f-checkpoints.csv", "--figure", "tandem"]))
     with pytest.raises(SystemExit):
