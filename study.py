@@ -210,7 +210,7 @@ class Study:
     def main(self):
         if self.task == "toy":  # how often the golden model is right, by people without noise
             self.label(f"{self.data}/validation.jsonl", f"{self.data}/golden-validation.jsonl")
-        return [self.online(self.seeds[0], beta=min(self.betas))] + [
+        return [self.online(self.seeds[0], beta=max(self.betas))] + [
             self.offline(self.seeds[0], beta=beta) for beta in self.betas]
 
     def fig1(self):
@@ -445,9 +445,11 @@ def at_equal_kl(online, *offline):
         return "Online and offline did not drift equally far: they cannot be compared."
     kls = plots.np.linspace(low, high, 200)
     first, *others = (plots.np.interp(kls, *zip(*way, strict=True), right=-1) for way in ways)
-    first, second = first.mean(), plots.np.max(others, 0).mean()
-    return (f"At the KLs that both passed ({low:.1f} to {high:.1f}) online wins {first:.0%} on "
-            f"average and the better of offline {second:.0%}: {first - second:+.2f}.")
+    second = plots.np.max(others, 0)
+    return (f"At the KLs that both passed ({low:.1f} to {high:.1f}) online wins {first.mean():.0%} "
+            f"on average and the better of offline {second.mean():.0%} "
+            f"({(first - second).mean():+.2f}); at the highest {first[-1]:.0%} and "
+            f"{second[-1]:.0%} ({first[-1] - second[-1]:+.2f}).")
 
 
 def examples(folders, count=2):

@@ -211,7 +211,8 @@ def test_what_the_demo_ends_in(recorded):
     assert len(lines) == 5 and lines[2].startswith("| SFT, where all start | 0.100 ± 0.010 | 0.000")
     assert lines[3].startswith("| a0 | 0.500 ± 0.010 | 4.000 ± 0.010 | 4.500 ± 0.500 |")
     said = study.at_equal_kl(online, offline)
-    assert "(1.0 to 4.0) online wins" in said and said.endswith(": +0.10.")
+    assert "(1.0 to 4.0) online wins 40% on average and the better of offline 30% (+0.10)" in said
+    assert said.endswith("at the highest 50% and 40% (+0.10).")
     worse = offline | {"rows": [judged(2, 0.5, 0.05), judged(4, 9.0, 0.05)]}  # further, no better
     assert study.at_equal_kl(online, worse, offline) == said
     beyond = offline | {"rows": [judged(2, 9.0, 0.2), judged(4, 10.0, 0.2)]}
