@@ -215,11 +215,20 @@ def test_what_the_demo_ends_in(recorded):
     assert said.endswith("at the highest 50% and 40% (+0.10).")
     worse = offline | {"rows": [judged(2, 0.5, 0.05), judged(4, 9.0, 0.05)]}  # further, no better
     assert study.at_equal_kl(online, worse, offline) == said
+    short = offline | {"rows": [judged(2, 1.0, 0.1), judged(4, 2.0, 0.9)]}  # counts up to its end
+    assert study.at_equal_kl(online, short, offline).endswith("at the highest 50% and 40% (+0.10).")
     beyond = offline | {"rows": [judged(2, 9.0, 0.2), judged(4, 10.0, 0.2)]}
     assert study.at_equal_kl(online, beyond).endswith("cannot be compared.")
     assert study.examples(dict(zip(["a0", "b0"], recorded, strict=False)), 1).splitlines() == [
         "", "write two happy lines about a fox:", *(
             f"  {name:3} (+5.0) the fox danced. the fox sang." for name in ("SFT", "a0", "b0"))]
+
+
+def test_a_run_that_is_judged_at_its_start_only(tmp_path, capsys):
+    run = write_run(tmp_path / "a", "ipo.py", [judged(0, 0.0, 0.1), {"step": 1, "loss": 1.0}])
+    with pytest.raises(SystemExit) as stop:
+        plots.read_run(run)
+    assert stop.value.code == 2 and "no gold evaluation of a trained" in capsys.readouterr().err
 
 
 def test_figure_6_draws_the_classifiers(tmp_path):
