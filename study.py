@@ -44,7 +44,7 @@ TOY = dict(
     lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40], larger={})
 SCALES = {
     "demo": TOY | dict(
-        pairs=20_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200, evaluations=4,
+        pairs=20_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200, evaluations=8,
         lrs=[3e-4], betas=[0.02, 0.05], sft=TOY["sft"] | dict(steps=150, lr=3e-3), golden_steps=120,
         gold=TOY["gold"] | dict(steps=400, lr=7e-4, warmup=20, eval_every=50),
         proxy=TOY["proxy"] | dict(steps=200, lr=7e-4, warmup=20)),
