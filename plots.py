@@ -309,13 +309,14 @@ def band(axes, name, x, values, row, **style):
 def ways(axes, runs):
     """Each run's way from SFT, checkpoint by checkpoint, with standard errors."""
     groups, shapes = grouped(runs), shapes_of(r["beta"] for r in runs)
+    lines = dict(zip(reversed(shapes), cycle(("-", "--", ":")), strict=False))  # solid: the largest
     for run in runs:
         group = tuple(run[key] for key in GROUP)
         rows, name = run["start"] + run["rows"], legend(group, groups)
         x, y, xerr, yerr = ([row[key] for row in rows] for key in (
             "gold/kl", "gold/win_rate", "gold/kl_se", "gold/win_rate_se"))
-        axes.errorbar(x, y, yerr, xerr, shapes[run["beta"]] + "-", markersize=4.5, elinewidth=0.8,
-                      color=colour_of(group, groups), alpha=0.9,
+        axes.errorbar(x, y, yerr, xerr, shapes[run["beta"]] + lines[run["beta"]], markersize=4.5,
+                      elinewidth=0.8, color=colour_of(group, groups), alpha=0.9,
                       label=name if run["beta"] is None else f"{name}, beta {run['beta']}")
         yield from ({"run": run["name"], "kl": kl, "mean": v} for kl, v in zip(x, y, strict=True))
     axes.set(xlabel="KL(policy, SFT) in nats a response", ylabel=LABELS["gold/win_rate"])
