@@ -292,7 +292,7 @@ def test_readme_commands_parse_and_paths_exist():
 
     text = (ROOT / "README.md").read_text()
     for name, words in re.findall(r"^(\w+)=\((.*?)\)$", text, re.S | re.M):
-        text = text.replace(f'"${{{name}[@]}}"', words)  # as bash and zsh read an array
+        text = text.replace(f'"${{{name}[@]}}"', " ".join(words.split()))  # a shell's array
     commands = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
                 for line in block.replace("\\\n", " ").split("\n")
                 for line in line.split(" && ") if line.strip().startswith("python ")]
