@@ -73,6 +73,7 @@ def script(*words):
 def _forked(out, err, target, *args):
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    multiprocessing.set_start_method("fork", force=True)  # or a killed tqdm leaves its semaphore
     torch.set_num_threads(1)
     target(*args)
 

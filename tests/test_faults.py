@@ -22,7 +22,7 @@ from conftest import ROOT, Fork, flags, rows_of, same_weights, script
 from test_data import load, pair, tokenizer
 from test_scripts import timeless
 
-STEPS = int(os.environ.get("STEPS", 300))
+STEPS = int(os.environ.get("STEPS", 150))
 KILLS = int(os.environ.get("KILLS", 0))
 SCRIPTS = ["dpo", "online_rlhf"] if not KILLS else [
     "sft", "reward", "dpo", "ipo", "slic", "bo2", "online_rlhf"]
@@ -199,7 +199,7 @@ def kill_at_random(words, folder, moved, span, startup, rng):
 def test_killed_at_random_moments(toy, tmp_path, name):
     """SIGKILL, resume, again and again: in the end the bits of the uninterrupted run."""
     rng = random.Random(name)
-    short = dict(steps=200, save_every=3) if KILLS else dict(steps=60, save_every=7)
+    short = dict(steps=200, save_every=3) if KILLS else dict(steps=30, save_every=4)
     whole, began = f"{tmp_path}/whole", time.time()
     Fork(tmp_path, script, *command(name, toy, whole, **short)).succeed()
     startup = os.stat(f"{whole}/args.json").st_mtime - began
@@ -233,7 +233,7 @@ def test_memory_is_flat(toy, tmp_path, name):
     out, seen = f"{tmp_path}/r", []
     run = Fork(tmp_path, frugal, *command(
         name, toy, out, steps=STEPS, batch_size=2, save_every=STEPS // 10,
-        eval_every=STEPS // 10, gold=f"{toy}/gold", baseline=f"{toy}/baseline.jsonl"))
+        eval_every=STEPS // 5, gold=f"{toy}/gold", baseline=f"{toy}/baseline.jsonl"))
     while run.process.is_alive():
         with contextlib.suppress(OSError, ValueError):
             with open(f"/proc/{run.process.pid}/statm") as f:

@@ -53,10 +53,10 @@ def peak_mb(folder, *args):
 
 
 def test_memory_does_not_grow_with_the_vocabulary(tmp_path):
-    """3,200 response tokens: all their logits would be 0.2 and 1.6 GB, and as much again for their
+    """1,600 response tokens: all their logits would be 0.1 and 0.8 GB, and as much again for their
     softmax and its gradient."""
-    small, large = (peak_mb(tmp_path, vocab, 16, 100) for vocab in (16_000, 128_000))
-    assert large - small < 150, (small, large)
+    small, large = (peak_mb(tmp_path, vocab, 8, 100) for vocab in (16_000, 128_000))
+    assert large - small < 100, (small, large)
 
 
 def test_memory_grows_linearly_with_tokens(tmp_path):
@@ -66,8 +66,8 @@ def test_memory_grows_linearly_with_tokens(tmp_path):
     assert two - one > 30  # or this test measures nothing
 
 
-def test_cost_is_flat_from_1k_to_100k_pairs(toy, tmp_path):
-    """Seconds a pair to read, order, batch and pack: the same for a hundred times the pairs."""
+def test_cost_is_flat_from_1k_to_50k_pairs(toy, tmp_path):
+    """Seconds a pair to read, order, batch and pack: the same for fifty times the pairs."""
     _, tokenizer = load_model(f"{toy}/sft")
     lines = (toy / "data" / "initial.jsonl").read_text().splitlines()
 
@@ -82,4 +82,4 @@ def test_cost_is_flat_from_1k_to_100k_pairs(toy, tmp_path):
         return (time.process_time() - began) / count
 
     seconds_a_pair(1000)
-    assert seconds_a_pair(100_000) < 2 * seconds_a_pair(1000)
+    assert seconds_a_pair(50_000) < 2 * seconds_a_pair(1000)
