@@ -22,7 +22,7 @@ from conftest import ROOT, Fork, flags, rows_of, same_weights, script
 from test_data import load, pair, tokenizer
 from test_scripts import timeless
 
-STEPS = int(os.environ.get("STEPS", 150))
+STEPS = int(os.environ.get("STEPS", 100))
 KILLS = int(os.environ.get("KILLS", 0))
 SCRIPTS = ["dpo", "online_rlhf"] if not KILLS else [
     "sft", "reward", "dpo", "ipo", "slic", "bo2", "online_rlhf"]

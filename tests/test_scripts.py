@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ARGS, ROOT, flags, rows_of, same_weights, train, weights_of
+from conftest import ARGS, ROOT, Fork, flags, rows_of, same_weights, train, weights_of
 
 LOSSES = ["ipo", "dpo", "slic", "bo2"]
 SHORT = dict(steps=4, batch_size=8, warmup=2, lr=1e-2)
@@ -240,6 +240,12 @@ def test_classify_follows_a_stream(toy, tmp_path):
     assert any(r["gold/accuracy_policy"] != 0.5 for r in classify(f"{tmp_path}/o"))
 
 
+def alone(folder, block):
+    os.chdir(folder)
+    sys.path[:] = [folder, *(path for path in sys.path if path != str(ROOT))]
+    exec(block, {})
+
+
 def test_dpo_alone_in_an_empty_folder(toy, tmp_path):
     """README's section on copying one algorithm: the command, and the block that calls its loss."""
     shutil.copy(ROOT / "dpo.py", tmp_path)
@@ -249,10 +255,8 @@ def test_dpo_alone_in_an_empty_folder(toy, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "4 steps, loss" in done.stdout
     block, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(math.log(2))
+    loss = Fork(tmp_path, alone, str(tmp_path), block).succeed()
+    assert float(loss) == pytest.approx(math.log(2))
 
 
 def bad(tmp_path, toy):

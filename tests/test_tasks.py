@@ -4,12 +4,11 @@ import gzip
 import json
 import math
 import random
-import subprocess
 import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT, SHARED, rows_of
+from conftest import ROOT, SHARED, Fork, rows_of, script
 
 import tasks
 
@@ -201,9 +200,9 @@ def test_real_anthropic_pairs(name):
 
 
 def test_quiet_where_stderr_is_no_terminal(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "tasks.py", "toy", "--pairs", "20", "--width",
-                           "8", "--out", tmp_path / "toy"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    status, _, err = Fork(tmp_path, script, f"{ROOT}/tasks.py", "toy", "--pairs", "20", "--width",
+                          "8", "--out", f"{tmp_path}/toy").end()
+    assert (status, err) == (0, "")
 
 
 def test_scratch_base_and_text(tmp_path):
