@@ -393,15 +393,27 @@ SCORE_SCALE = 32  # a mean moves as many times slower than a sum: without it, 1 
 
 
 def preference_logits(model, pairs):
-    """Log-odds (B,) that the first response of each (prompt, first, second) is the better one."""
-    ids, positions, segments, visible, *_ = pack_pairs(pairs, model.device)
-    if model.config.preference_kind == "pairwise":
-        visible = torch.ones_like(visible).tril()  # the second response also sees the first
-    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
-                              use_cache=False).last_hidden_state  # (B, T, D)
-    scores = model.score(hidden).squeeze(-1).float()  # (B, T)
+    """Log-odds (B,) that the first response of each (prompt, first, second) is the better one.
+
+    With `plain_rows` (see `choose_rows`) the model gets no mask but that of padding; a pointwise
+    one reads each response in a row of its own.
+    """
+    plain, pairwise = (getattr(model.config, "plain_rows", False),
+                       model.config.preference_kind == "pairwise")
+    alone = plain and not pairwise
+    rows = [(x, ys[side], []) for side in (0, 1) for x, *ys in pairs] if alone else pairs
+    ids, positions, segments, mask, *_ = pack_pairs(rows, model.device)
+    if plain:
+        mask = (segments > 0).long()
+    elif pairwise:
+        mask = torch.ones_like(mask).tril()  # the second response also sees the first
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                              use_cache=False).last_hidden_state  # (rows, T, D)
+    scores = model.score(hidden).squeeze(-1).float()  # (rows, T)
     first, second = ((scores * (segments == side)).sum(1) / (segments == side).sum(1).clamp(1)
                      for side in (2, 3))
+    if alone:
+        first, second = first.chunk(2)
     return SCORE_SCALE * (first - second)
 
 
@@ -439,11 +451,11 @@ def prefer(model, pairs, tokens=8192):
 
 
 @torch.no_grad()
-def check_mask(model, pairs):
-    """Refuse a backbone whose attention does not take the mask of one row a pair.
+def choose_rows(model, pairs):
+    """Use plain rows where the backbone's attention does not take the mask of one row a pair.
 
-    Its hidden states of one row a pair must be those of one row a response, on two pairs and on
-    the longest, where a sliding window would show.
+    It does if its hidden states of one row a pair are those of one row a response, on two pairs
+    and on the longest, where a sliding window would show. The model's config keeps the choice.
     """
     def hidden(ids, mask=None, positions=None):
         return model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
@@ -460,8 +472,9 @@ def check_mask(model, pairs):
         gap = torch.stack(gaps).max().item()  # NaN, if there is one
     except Exception:  # the model takes no such mask
         gap = math.inf
-    if not gap <= 1e-3:
-        fail(f"this backbone's attention does not take one row a pair (gap {gap:.2g}); use another")
+    model.config.plain_rows = not gap <= 1e-3
+    if model.config.plain_rows:
+        print(f"this backbone does not take one row a pair (gap {gap:.2g}): using plain rows")
 
 
 def assess(model, pairs, tokens):
@@ -494,7 +507,7 @@ def train(args):
         pairs, validation = pairs[:-held_out], pairs[-held_out:]
     else:
         fail(f"{args.data}: one pair cannot be split into training and validation")
-    check_mask(model, pairs)
+    choose_rows(model, pairs)
     batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     save_path, best = f"{args.out}/checkpoint.safetensors", f"{args.out}/best"

@@ -3,12 +3,14 @@
     python tasks.py toy                                      # built in: no network, a minute
     python tasks.py helpful                                  # from the hub
     python tasks.py helpful --file test.jsonl.gz --scratch   # a local copy, and a small base model
+    python tasks.py trl-lib/ultrafeedback_binarized          # any data set of the hub in TRL's form
     python tasks.py file --file my_pairs.jsonl
 
 Writes `initial.jsonl` (the paper's D_initial: {"prompt", "chosen", "rejected"}) to --out. `toy`
 also writes `validation.jsonl` (pairs labelled without noise) and `base/`, a tiny random Llama with
 its tokenizer; for real data --scratch makes such a base. Every dropped row is counted by its
-reason. Shapes are told apart by their keys.
+reason. Shapes are told apart by their keys; conversations become messages, for the model's own chat
+template, with --text one text.
 
 MIT licence. Next: sft.py.
 """
@@ -40,7 +42,8 @@ CHAT_TEMPLATE = (  # for --scratch bases: the transcript form of Anthropic's dat
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("name", choices=["toy", *HUB, "file"], help="which preference data to make")
+    p.add_argument("name", help=f"which pairs: toy, {', '.join(HUB)}, file, or ORG/NAME on the hub")
+    p.add_argument("--split", default="train", help="split of ORG/NAME")
     p.add_argument("--file", help="read this local copy (jsonl, jsonl.gz, csv) instead of the hub")
     p.add_argument("--out", help="folder to write (default: data/NAME)")
     p.add_argument("--pairs", type=int, help="at most this many pairs (toy: 64000 by default)")
@@ -197,10 +200,33 @@ def from_conversations(row):
 
 
 def from_pair(row):
-    """Explicit prompt, chosen, rejected; a reply may be text or a list of one message."""
-    return row["prompt"], *(
-        side if side is None or isinstance(side, str) else side[-1]["content"]
-        for side in (row["chosen"], row["rejected"]))
+    """Explicit prompt, chosen, rejected: texts, or messages whose last one is the reply."""
+    prompt, *sides = (row[key] for key in ("prompt", "chosen", "rejected"))
+    if isinstance(prompt, str) and all(isinstance(side, list) for side in sides):
+        if len(sides[0]) > 1:  # the whole conversation is there
+            return from_conversations(row)
+        prompt = [{"role": "user", "content": prompt}]
+    return prompt, *(side if side is None or isinstance(side, str) else side[-1]["content"]
+                     for side in sides)
+
+
+def turns(transcript):
+    """Anthropic's transcript, which ends with "Assistant:", as messages.
+
+    Two turns in a row of one speaker become one: chat templates want them to alternate.
+    """
+    first, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
+    messages = []
+    for name, text in zip(parts[:-2:2], parts[1:-2:2], strict=True):
+        role = {"Human": "user", "Assistant": "assistant"}[name]
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + text.strip()
+        else:
+            messages.append({"role": role, "content": text.strip()})
+    if first.strip() or not messages or [m["role"] for m in (messages[0], messages[-1])] != [
+            "user", "user"]:
+        raise Drop("a transcript that a human neither begins nor ends")
+    return messages
 
 
 def from_comparison(row):
@@ -260,6 +286,8 @@ def convert(row, as_text):
         raise Drop("empty answer")
     if chosen == rejected:
         raise Drop("equal sides")
+    if not as_text and shape is from_conversations and isinstance(prompt, str):
+        prompt, chosen, rejected = turns(prompt), chosen.strip(), rejected.strip()
     if as_text and isinstance(prompt, list):
         names = {"user": "Human", "assistant": "Assistant", "system": "System"}
         prompt = "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in prompt)
@@ -290,11 +318,11 @@ def raw_rows(path):
         fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
 
 
-def hub_rows(name):
+def hub_rows(name, split):
     """(row number, row) of a hub data set: its own file, or parquet through `datasets`."""
     from huggingface_hub import hf_hub_download
 
-    repo, file = HUB[name]
+    repo, file = HUB.get(name, (name, None))
     if not file:
         try:
             from datasets import load_dataset
@@ -303,18 +331,19 @@ def hub_rows(name):
     try:
         if file:
             return raw_rows(hf_hub_download(repo, file, repo_type="dataset"))
-        return enumerate(load_dataset(  # by path: the branch has no configs
-            repo, data_files="comparisons/train/*.parquet", split="train",
-            revision="refs/convert/parquet"), 1)
+        by_path = {} if repo == name else {  # the branch has no configs
+            "data_files": "comparisons/train/*.parquet", "revision": "refs/convert/parquet"}
+        return enumerate(load_dataset(repo, split=split, **by_path), 1)
     except Exception as e:  # the hub's many errors all mean: not to be had from here
         what = f"{repo}/{file}" if file else repo
-        fail(f"cannot download {what} ({type(e).__name__}); pass a local copy by --file")
+        fail(f"cannot download {what} ({type(e).__name__}: {str(e)[:100]}); check its name and "
+             "--split, or pass a local copy by --file")
 
 
-def real_pairs(name, file, limit, as_text):
+def real_pairs(name, file, limit, as_text, split="train"):
     """Read real preference data; returns (pairs, Counter of drop reasons)."""
     pairs, dropped = [], Counter()
-    for number, row in raw_rows(file) if file else hub_rows(name):
+    for number, row in raw_rows(file) if file else hub_rows(name, split):
         try:
             prompt, chosen, rejected = convert(row, as_text)
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
@@ -380,7 +409,9 @@ def write_jsonl(path, rows):
 
 
 def main(args):
-    out, toy = args.out or os.path.join("data", args.name), args.name == "toy"
+    out, toy = args.out or f"data/{os.path.basename(args.name)}", args.name == "toy"
+    if args.name not in ("toy", *HUB, "file") and args.name.count("/") != 1:
+        fail(f"no task {args.name}: give toy, {', '.join(HUB)}, file, or ORG/NAME on the hub")
     for flag in ("pairs", "width", "layers", "vocab"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             fail(f"--{flag} {getattr(args, flag)} is out of range")
@@ -393,7 +424,8 @@ def main(args):
     if toy:
         pairs = toy_pairs(args.pairs or 64_000, args.seed, TOY_NOISE)
     else:
-        pairs, dropped = real_pairs(args.name, args.file, args.pairs, args.text)
+        pairs, dropped = real_pairs(args.name, args.file, args.pairs, args.text,
+                                    args.split)
         if dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
             print(f"dropped {sum(dropped.values()):,} rows: {reasons}")

@@ -66,16 +66,16 @@ def test_swapping_flips_prefer(kind):
     assert torch.allclose(reward.prefer(model, pairs, 8192), margins, atol=1e-4)
 
 
+def score(model, prompt, response):
+    hidden = model.model(torch.tensor([prompt + response])).last_hidden_state
+    return 32 * model.score(hidden)[0, len(prompt):].mean().item()
+
+
 @torch.no_grad()
 def test_pointwise_is_a_difference_of_two_scores():
     """Brute force: each response scored in a row of its own."""
     model, pairs = preference_model("pointwise"), random_pairs(8)
-
-    def score(prompt, response):
-        hidden = model.model(torch.tensor([prompt + response])).last_hidden_state
-        return 32 * model.score(hidden)[0, len(prompt):].mean().item()
-
-    truth = torch.tensor([score(x, a) - score(x, b) for x, a, b in pairs])
+    truth = torch.tensor([score(model, x, a) - score(model, x, b) for x, a, b in pairs])
     assert torch.allclose(reward.preference_logits(model, pairs), truth, atol=1e-3)
 
 
@@ -90,9 +90,21 @@ def test_pairwise_sees_the_other_response():
     assert torch.allclose(margins.float(), forward.sigmoid() - backward.sigmoid(), atol=1e-5)
 
 
-def test_check_mask_refuses(capsys):
+@torch.no_grad()
+def test_a_backbone_that_takes_no_mask_gets_plain_rows(capsys):
+    """Plain rows give the logits of shared ones, and an eager Gemma 2 those of brute force."""
     from transformers import Gemma2Config
 
+    for kind in ("pairwise", "pointwise"):
+        good, pairs = preference_model(kind), random_pairs(8)
+        before = good.score.weight.clone()
+        reward.choose_rows(good, pairs)
+        assert not good.config.plain_rows and torch.equal(before, good.score.weight)
+        shared = reward.preference_logits(good, pairs)
+        good.config.plain_rows = True
+        assert torch.allclose(reward.preference_logits(good, pairs), shared, atol=1e-4)
+
+    assert capsys.readouterr().out == ""
     model = AutoModelForSequenceClassification.from_config(Gemma2Config(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, pad_token_id=0,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_labels=1),
@@ -101,13 +113,12 @@ def test_check_mask_refuses(capsys):
         if p.dim() == 2:
             p.data.mul_(8)
     model.config.preference_kind = "pointwise"
-    with pytest.raises(SystemExit):
-        reward.check_mask(model, random_pairs(2))
-    assert "one row a pair" in capsys.readouterr().err
-    good = preference_model("pairwise")
-    before = good.score.weight.clone()
-    reward.check_mask(good, random_pairs(2))
-    assert good.config.preference_kind == "pairwise" and torch.equal(before, good.score.weight)
+    wrong = reward.preference_logits(model, pairs)
+    reward.choose_rows(model, pairs)
+    assert model.config.plain_rows and "using plain rows" in capsys.readouterr().out
+    truth = torch.tensor([score(model, x, a) - score(model, x, b) for x, a, b in pairs])
+    assert torch.allclose(reward.preference_logits(model, pairs), truth, atol=1e-3)
+    assert not torch.allclose(wrong, truth, atol=1e-3)
 
 
 def test_assess_by_hand(monkeypatch):

@@ -305,7 +305,7 @@ def classifier(config):
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "window"])
-def test_check_mask_sees(kind, capsys):
+def test_choose_rows_sees(kind, capsys):
     """A LayerNorm backbone that ignores the mask, at the start; a window shorter than one pair."""
     pairs, small = random_pairs(8), dict(vocab_size=50, pad_token_id=0, num_labels=1)
     llama_like = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -313,7 +313,8 @@ def test_check_mask_sees(kind, capsys):
     gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **small)
     good = classifier(gpt2 if kind == "layernorm" else transformers.MistralConfig(
         sliding_window=64, **llama_like))
-    reward.check_mask(good, pairs)
+    reward.choose_rows(good, pairs)
+    assert not good.config.plain_rows and capsys.readouterr().out == ""
     assert good.score.weight.abs().sum() == 0 and good.config.preference_kind == "pairwise"
     if kind == "layernorm":
         bad = classifier(gpt2)
@@ -325,9 +326,8 @@ def test_check_mask_sees(kind, capsys):
         bad = classifier(transformers.MistralConfig(sliding_window=12, **llama_like))
         pairs = [([3, 4], [5, 1], [6, 1])] * 8 + [
             ([3, 4], [5] * 9, [6] * 9), ([3, 4], list(range(4, 18)), [1])]  # the longer row, last
-    with pytest.raises(SystemExit):
-        reward.check_mask(bad, pairs)
-    assert "one row a pair" in capsys.readouterr().err
+    reward.choose_rows(bad, pairs)
+    assert bad.config.plain_rows and "using plain rows" in capsys.readouterr().out
 
 
 # ---- a pretrained model --------------------------------------------------------------------------

@@ -98,10 +98,25 @@ def test_transcripts_and_their_traps():
     rows += [{"chosen": transcript("a", "b", "c", "d"), "rejected": transcript("a", "X", "c", "e")},
              {"chosen": transcript("a", "b"), "rejected": "\n\nHuman: a\n\nAssistant:"},
              {"chosen": transcript("a", "b\n\nHuman: oh"), "rejected": transcript("a", "c")}]
-    pairs, dropped = convert(rows)
+    pairs, dropped = convert(rows, as_text=True)
     assert pairs == [("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " good", " bad")]
     assert dropped == {"equal sides": 1, "sides part before the last turn": 1, "empty answer": 1,
                        "a human turn inside the answer": 1}
+    pairs, again = convert(rows)
+    assert pairs == [([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                       {"role": "user", "content": "c"}], "good", "bad")] and again == dropped
+
+
+def test_turns_alternate():
+    """Two turns of one speaker are one; what a human neither begins nor ends is dropped."""
+    twice = "\n\nHuman: a\n\nHuman: b \n\nAssistant: c: Human: d\n\nHuman: e\n\nAssistant:"
+    assert [(m["role"], m["content"]) for m in tasks.turns(twice)] == [
+        ("user", "a\n\nb"), ("assistant", "c: Human: d"), ("user", "e")]
+    for transcript in ("\n\nAssistant: a\n\nHuman: b\n\nAssistant:", "\n\nAssistant:",
+                       "\n\nHuman: a\n\nAssistant: b\n\nAssistant:",
+                       "hello\n\nHuman: a\n\nAssistant:"):
+        with pytest.raises(tasks.Drop):
+            tasks.turns(transcript)
 
 
 def test_messages():
@@ -109,11 +124,13 @@ def test_messages():
     reply = lambda text: {"role": "assistant", "content": text}  # noqa: E731
     rows = [{"chosen": [user, reply("x")], "rejected": [user, reply("y")]},
             {"prompt": [user], "chosen": [reply("x")], "rejected": [reply("y")]},
-            {"prompt": [user], "chosen": [user, reply("x")], "rejected": [user, reply("y")]}]
+            {"prompt": [user], "chosen": [user, reply("x")], "rejected": [user, reply("y")]},
+            {"prompt": "q", "chosen": [user, reply("x")], "rejected": [user, reply("y")]},
+            {"prompt": "q", "chosen": [reply("x")], "rejected": [reply("y")]}]
     pairs, _ = convert(rows)
-    assert pairs == [([user], "x", "y")] * 3
+    assert pairs == [([user], "x", "y")] * 5
     pairs, _ = convert(rows, as_text=True)
-    assert pairs == [("\n\nHuman: q\n\nAssistant:", " x", " y")] * 3
+    assert pairs == [("\n\nHuman: q\n\nAssistant:", " x", " y")] * 5
     _, dropped = convert([{"prompt": "\ud800", "chosen": "a", "rejected": "b"}])
     assert dropped == {"half a surrogate pair": 1}
 
@@ -161,7 +178,8 @@ def test_from_the_hub_by_name(tmp_path, monkeypatch, capsys):
     tasks.main(tasks.parse_args(["helpful", "--out", f"{tmp_path}/h"]))
     assert asked == [(("Anthropic/hh-rlhf", "helpful-base/train.jsonl.gz"),
                       {"repo_type": "dataset"})]
-    assert rows_of(f"{tmp_path}/h/initial.jsonl")[0]["chosen"] == " b"
+    assert rows_of(f"{tmp_path}/h/initial.jsonl") == [
+        {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}]
 
     def unreachable(*args, **kwargs):
         raise ConnectionError
@@ -184,6 +202,14 @@ def test_from_the_hub_by_name(tmp_path, monkeypatch, capsys):
         "data_files": "comparisons/train/*.parquet", "revision": "refs/convert/parquet",
         "split": "train"})
     assert rows_of(f"{tmp_path}/tldr/initial.jsonl")[0]["chosen"] == " y"
+    row = {"prompt": "q", "chosen": "x", "rejected": "y"}
+    monkeypatch.chdir(tmp_path)
+    tasks.main(tasks.parse_args(["trl-lib/tldr-preference", "--split", "validation"]))
+    assert asked[-1] == (("trl-lib/tldr-preference",), {"split": "validation"})
+    assert rows_of("data/tldr-preference/initial.jsonl") == [row]
+    with pytest.raises(SystemExit) as stop:
+        tasks.main(tasks.parse_args(["helpfull"]))
+    assert stop.value.code == 2 and "no task helpfull" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["helpful", "harmless"])
@@ -196,7 +222,10 @@ def test_real_anthropic_pairs(name):
     assert len(pairs) == {"helpful": 2354, "harmless": 2312}[name] - parted - empty - equal
     assert dropped == Counter({"sides part before the last turn": parted, "empty answer": empty,
                                "equal sides": equal})
-    assert all(p["prompt"].endswith("\n\nAssistant:") for p in pairs)
+    assert all([m["role"] for m in p["prompt"]] == ["user", "assistant"] * (len(p["prompt"]) // 2)
+               + ["user"] for p in pairs)
+    texts, _ = tasks.real_pairs(name, str(path), None, True)
+    assert all(p["prompt"].endswith("\n\nAssistant:") for p in texts)
 
 
 def test_quiet_where_stderr_is_no_terminal(tmp_path):
