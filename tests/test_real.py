@@ -287,7 +287,7 @@ def test_pairs_take_few_bytes_a_token(tmp_path):
                 text = " ".join(str(300 + (i + j) % 4700) for j in range(50))
                 f.write(json.dumps(pair(text, text + " 7", text + " 8")) + "\n")
     found = Fork(tmp_path, print_bytes_a_token, str(tmp_path)).succeed()
-    assert float(found.splitlines()[-1]) < 20  # 36 and more where each id is an object of its own
+    assert float(found.splitlines()[-1]) < 28  # 36 and more where each id is an object of its own
 
 
 # ---- the preference model's check ----------------------------------------------------------------

@@ -339,7 +339,7 @@ def bad(tmp_path, toy):
             {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}) + "\n")}), "m.jsonl:1"),
         ("label exists", "reward", ["label", *flags(model=f"{toy}/gold", data=dpo["data"],
                                                     out=dpo["data"])], "exists"),
-        ("unknown task", "tasks", ["nonsense"], "invalid choice"),
+        ("unknown task", "tasks", ["nonsense"], "no task nonsense"),
         ("task file", "tasks", ["file", "--file", file("t.jsonl", good + "}\n"),
                                 "--out", f"{tmp_path}/t"], "t.jsonl:2"),
         ("task key", "tasks", ["file", "--file", file("u.jsonl", '{"prompt": "x"}\n'),
