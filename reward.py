@@ -398,8 +398,8 @@ def preference_logits(model, pairs):
     With `plain_rows` (see `choose_rows`) the model gets no mask but that of padding; a pointwise
     one reads each response in a row of its own.
     """
-    plain, pairwise = (getattr(model.config, "plain_rows", False),
-                       model.config.preference_kind == "pairwise")
+    pairwise = model.config.preference_kind == "pairwise"
+    plain = getattr(model.config, "plain_rows", False)
     alone = plain and not pairwise
     rows = [(x, ys[side], []) for side in (0, 1) for x, *ys in pairs] if alone else pairs
     ids, positions, segments, mask, *_ = pack_pairs(rows, model.device)

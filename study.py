@@ -23,6 +23,7 @@ import sys
 import time
 from contextlib import nullcontext
 
+import numpy as np
 from tqdm import tqdm
 
 import plots
@@ -443,9 +444,9 @@ def at_equal_kl(online, *offline):
     high = min(ways[0][-1][0], max(way[-1][0] for way in ways[1:]))
     if low >= high:
         return "Online and offline did not drift equally far: they cannot be compared."
-    kls = plots.np.linspace(low, high, 200)
-    first, *others = (plots.np.interp(kls, *zip(*way, strict=True), right=-1) for way in ways)
-    second = plots.np.max(others, 0)
+    kls = np.linspace(low, high, 200)
+    first, *others = (np.interp(kls, *zip(*way, strict=True), right=-1) for way in ways)
+    second = np.max(others, 0)
     return (f"At the KLs that both passed ({low:.1f} to {high:.1f}) online wins {first.mean():.0%} "
             f"on average and the better of offline {second.mean():.0%} "
             f"({(first - second).mean():+.2f}); at the highest {first[-1]:.0%} and "

@@ -412,6 +412,8 @@ def main(args):
     out, toy = args.out or f"data/{os.path.basename(args.name)}", args.name == "toy"
     if args.name not in ("toy", *HUB, "file") and args.name.count("/") != 1:
         fail(f"no task {args.name}: give toy, {', '.join(HUB)}, file, or ORG/NAME on the hub")
+    if args.split != "train" and "/" not in args.name:
+        fail(f"--split {args.split} is for ORG/NAME on the hub")
     for flag in ("pairs", "width", "layers", "vocab"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             fail(f"--{flag} {getattr(args, flag)} is out of range")
@@ -424,8 +426,7 @@ def main(args):
     if toy:
         pairs = toy_pairs(args.pairs or 64_000, args.seed, TOY_NOISE)
     else:
-        pairs, dropped = real_pairs(args.name, args.file, args.pairs, args.text,
-                                    args.split)
+        pairs, dropped = real_pairs(args.name, args.file, args.pairs, args.text, args.split)
         if dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
             print(f"dropped {sum(dropped.values()):,} rows: {reasons}")

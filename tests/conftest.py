@@ -79,8 +79,10 @@ def _forked(out, err, target, *args):
 
 
 class Fork:
-    """A process of one thread that calls `target`, forked from one that has imported torch and
-    transformers. `run.process` is multiprocessing's."""
+    """A process of one thread that calls `target`, with what it prints in files of `folder`.
+
+    It is forked from a process that has imported torch and transformers.
+    """
 
     def __init__(self, folder, target, *args):
         self.paths = f"{folder}/stdout", f"{folder}/stderr"

@@ -113,16 +113,16 @@ def test_flags_out_of_range(flag, capsys):
 # ---- interruptions -------------------------------------------------------------------------------
 
 
-def command(script, toy, out, **kwargs):
+def command(name, toy, out, **kwargs):
     given = dict(model=f"{toy}/sft", out=out, steps=40, batch_size=8, save_every=7, lr=1e-3,
                  warmup=2, max_prompt_tokens=32, max_response_tokens=40) | kwargs
-    if script == "online_rlhf":
+    if name == "online_rlhf":
         given |= dict(labeller=f"{toy}/proxy", prompts=f"{toy}/data/golden.jsonl")
     else:
         given["data"] = f"{toy}/data/golden.jsonl"
-    if script == "reward":
+    if name == "reward":
         given |= dict(kind="pairwise", eval_every=5)
-    return [f"{ROOT}/{script}.py", *(["train"] if script == "reward" else []), *flags(**given)]
+    return [f"{ROOT}/{name}.py", *(["train"] if name == "reward" else []), *flags(**given)]
 
 
 TINY = dict(pairs=300, prompts=16, seeds=[0], betas=[0.1], lrs=[1e-3], steps=24, long=24,

@@ -207,9 +207,11 @@ def test_from_the_hub_by_name(tmp_path, monkeypatch, capsys):
     tasks.main(tasks.parse_args(["trl-lib/tldr-preference", "--split", "validation"]))
     assert asked[-1] == (("trl-lib/tldr-preference",), {"split": "validation"})
     assert rows_of("data/tldr-preference/initial.jsonl") == [row]
-    with pytest.raises(SystemExit) as stop:
-        tasks.main(tasks.parse_args(["helpfull"]))
-    assert stop.value.code == 2 and "no task helpfull" in capsys.readouterr().err
+    for words, says in ((["helpfull"], "no task helpfull"),
+                        (["helpful", "--split", "test"], "--split test is for ORG/NAME")):
+        with pytest.raises(SystemExit) as stop:
+            tasks.main(tasks.parse_args(words))
+        assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["helpful", "harmless"])
