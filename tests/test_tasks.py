@@ -131,6 +131,10 @@ def test_messages():
     assert pairs == [([user], "x", "y")] * 5
     pairs, _ = convert(rows, as_text=True)
     assert pairs == [("\n\nHuman: q\n\nAssistant:", " x", " y")] * 5
+    longer = [user, reply("z"), user]  # of which the prompt's text is but the beginning
+    pairs, _ = convert([{"prompt": "q", "chosen": [*longer, reply("x")],
+                         "rejected": [*longer, reply("y")]}])
+    assert pairs == [(longer, "x", "y")]
     _, dropped = convert([{"prompt": "\ud800", "chosen": "a", "rejected": "b"}])
     assert dropped == {"half a surrogate pair": 1}
 
