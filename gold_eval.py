@@ -39,6 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from reward import (
     DEVICE,
+    RANK,
     autocast,
     fail,
     guard,
@@ -47,8 +48,10 @@ from reward import (
     load_pairs,
     micro_batches,
     pack_pairs,
+    pooled,
     prefer,
     read_jsonl,
+    sharded,
     turn_end,
 )
 
@@ -156,7 +159,7 @@ def prefill(model, prompts, per_prompt, room, tokens, static):
     used = torch.tensor(end, device=model.device)
     real = torch.tensor([[0] * (end - len(x)) + [1] * len(x) + [0] * room for x in prompts])
     real = real.to(model.device).repeat_interleave(per_prompt, 0)
-    for group in micro_batches([[x] for x in prompts], tokens):
+    for group in micro_batches([[x] for x in prompts], tokens, ranks=1):
         width, cache = len(prompts[group[-1]]), Cache(layer_class_to_replicate=DynamicLayer)
         ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in group])
         rows = slice(group[0] * per_prompt, (group[-1] + 1) * per_prompt)
@@ -231,6 +234,7 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     eighth of what training keeps of it), 32 times elsewhere. Rows that have ended leave the batch:
     at once, or, with `static` shapes (on CUDA), when they are half of it. The noise of every (row,
     position) is drawn beforehand: neither the grouping nor the leaving changes what a row draws.
+    Each of several processes samples its share, with a whole model; all get all.
     """
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
@@ -238,7 +242,8 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
     drawn = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
     lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
-    for group in micro_batches([[x] for x in prompts], slots // per_prompt, max_tokens, 0.7):
+    for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
+                                            max_tokens, 0.7)):
         cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
                                             max_tokens, tokens, static)
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
@@ -271,10 +276,12 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
             logits = step()
             places += 1
             used += 1
-    return [x[:n] for x, n in zip(drawn.tolist(), lengths.tolist(), strict=True)]
+    drawn, lengths = pooled(drawn).tolist(), pooled(lengths).tolist()
+    return [x[:n] for x, n in zip(drawn, lengths, strict=True)]
 
 
 # ---- log-probs and KL ----------------------------------------------------------------------------
+@sharded
 def plain_logps(model, pairs):
     """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
@@ -288,6 +295,7 @@ def plain_logps(model, pairs):
     return -nlls.view(2, len(pairs), -1).sum(-1)
 
 
+@sharded
 def pair_logps(model, pairs):
     """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
@@ -338,7 +346,7 @@ def batch_logps(model, logps_of, pairs, tokens):
     logps = torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
         logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
-    return logps
+    return pooled(logps)
 
 
 @torch.no_grad()
@@ -351,7 +359,8 @@ def response_kl(policy, reference, rows, tokens):
     """
     kls, vocabulary = torch.zeros(len(rows)), policy.get_output_embeddings().weight.shape[0]
     at_once = min(tokens, 2 * LOGITS_AT_ONCE // vocabulary)
-    for group in micro_batches(rows, at_once, padding=0.05):  # logits of padding cost as well
+    groups = micro_batches(rows, at_once, padding=0.05)  # logits of padding cost as well
+    for group in filter(None, groups):
         some = [rows[i] for i in group]
         first = min(len(prompt) for prompt, _ in some)  # no logits where all rows are prompt
         ids, real = (pad_sequence(x, True).to(policy.device) for x in (
@@ -363,7 +372,7 @@ def response_kl(policy, reference, rows, tokens):
                 .logits[:, :-1].float().log_softmax(-1) for model in (policy, reference))
         kl = (logp.exp() * (logp - ref_logp)).sum(-1)  # (rows, positions)
         kls[group] = (kl * real[:, first:]).sum(1).cpu()
-    return kls
+    return pooled(kls)
 
 
 # ---- the judge -----------------------------------------------------------------------------------
@@ -469,7 +478,7 @@ def evaluate(policy, judge):
 def evaluate_run(policy, judge, out, step):
     """The metrics of `evaluate` during training; samples go to samples.jsonl of the run folder."""
     metrics, samples = evaluate(policy, judge)
-    with open(f"{out}/samples.jsonl", "a", encoding="utf-8") as f:
+    with open(f"{out}/samples.jsonl" if RANK == 0 else os.devnull, "a", encoding="utf-8") as f:
         f.writelines(json.dumps({"step": step, **s}, ensure_ascii=False) + "\n" for s in samples)
     return metrics
 
@@ -480,7 +489,7 @@ def load_other(name, tokenizer, args):
     model, own = load_model(AutoModelForCausalLM, name, args)
     if own.get_vocab() != tokenizer.get_vocab():
         fail(f"{name} has another tokenizer than {args.model}")
-    return model
+    return model.to(DEVICE)
 
 
 def write_samples(args, policy, tokenizer):
@@ -535,6 +544,7 @@ def main(args):
     if os.path.exists(args.out):
         fail(f"{args.out} exists; choose another --out, or remove it")
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
+    policy.to(DEVICE)
     if args.command == "sample":
         rows = write_samples(args, policy, tokenizer)
     else:
@@ -549,9 +559,10 @@ def main(args):
             for name in (n for n in metrics if not n.endswith("_se")):
                 print(f"{name:22} {metrics[name]:8.4f} +- {metrics[name + '_se']:.4f}")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    with open(args.out + ".tmp", "w", encoding="utf-8") as f:
+    with open(args.out + ".tmp" if RANK == 0 else os.devnull, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(args.out + ".tmp", args.out)
+    if RANK == 0:
+        os.replace(args.out + ".tmp", args.out)
     print(f"{args.out}: written")
 
 

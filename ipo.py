@@ -23,20 +23,26 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from datetime import timedelta
+from functools import partial, wraps
 from itertools import islice
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 23)  # in fp32 256 MB; on CPU 32 MB
 # bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere
 autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
@@ -65,6 +71,8 @@ def parse_args(argv=None):
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
+    p.add_argument("--checkpoint-activations", action="store_true",
+                   help="recompute layers in the backward pass: less memory, 1/3 more work")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.add_argument("--seed", type=int, default=0, help="seed of the data order")
@@ -74,6 +82,11 @@ def parse_args(argv=None):
 
 def fail(message, status=2):
     """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
+    if RANK > 0 and status > 128:  # a signal stops all processes; the first says so
+        raise SystemExit(status)
+    if RANK > 0:  # what all find out is said by the first, whose end ends the others
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     print("error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(status)
 
@@ -85,7 +98,12 @@ def guard(main, args):
         if type(value) in (int, float) and not least <= value < 1 << 31:
             fail(f"--{name.replace('_', '-')} {value} is out of range")
     try:
+        if RANKS > 1:
+            join()
         main(args)
+        if RANKS > 1:
+            dist.barrier()  # none leaves before the first has written all
+            dist.destroy_process_group()
     except KeyboardInterrupt:  # before the first step; from there on signals are caught
         fail("interrupted; what was saved before is whole", 130)
     except (OSError, SafetensorError) as e:  # a full disk, say
@@ -93,7 +111,80 @@ def guard(main, args):
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
             fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            fail("another process of the run has ended; --resume goes on from the checkpoint", 1)
         raise
+
+
+# ---- many processes: torchrun --nproc-per-node 8 dpo.py ...; skip it at first ---------------------
+def join():
+    """Meet the other processes of torchrun; what all of them print is printed by the first."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(hours=1))  # the first may be long in writing
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+def shard(model, recompute):
+    """Move a model to the device; of several processes each keeps a share of it (FSDP2).
+
+    A layer is whole only while it runs (on CUDA in bf16), all else while a `sharded` function runs.
+    Gradients are summed over the processes. `recompute`: of a layer keep only what goes into it,
+    and run it again in the backward pass.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers if recompute else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                preserve_rng_state=False)
+    for module in [*layers, model] if RANKS > 1 else ():
+        dtype = torch.bfloat16 if DEVICE.type == "cuda" and module is not model else None
+        fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
+            dtype, torch.float32, cast_forward_inputs=False))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if RANKS > 1:
+        model.run = lambda function, rows: function(model, rows)
+        fsdp.register_fsdp_forward_method(model, "run")
+    return model.to(DEVICE)
+
+
+def sharded(function):
+    """Let function(model, rows), a tensor (..., rows), take a model of `shard`, and no rows at all.
+
+    All processes must call it equally often: one without rows computes a stand-in.
+    """
+    @wraps(function)
+    def run(model, rows):
+        call = partial(model.run, function) if hasattr(model, "run") else partial(function, model)
+        return call(rows or [([0], [0], [0])])[..., :len(rows)]
+    return run if RANKS > 1 else function
+
+
+def pooled(tensor):
+    """The sum over the processes, each of which has filled in the rows of its share."""
+    if RANKS > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def whole(tensor):
+    """A tensor of a sharded model or its optimizer, gathered: all processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors):
+    """The tensors of a dict, whole; of several processes the first has them, on the CPU."""
+    every = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return tensors if RANKS == 1 else {name: x.cpu() for name, x in every if RANK == 0}
+
+
+@torch.no_grad()
+def refresh(actor, policy):
+    """Copy the weights of a sharded policy into `actor`, a whole model that samples; return it."""
+    if actor is not policy:
+        for mine, weight in zip(actor.parameters(), policy.parameters(), strict=True):
+            mine.copy_(whole(weight))
+    return actor
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -207,21 +298,23 @@ def make_batches(steps, batch_size, rows, shuffle_window, seed):
     return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
-def micro_batches(rows, tokens, extra=0, padding=0.2):
+def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     """Split a batch into lists of its indices, shortest rows first.
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
     row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
+    Each of several processes gets its share of every list, of some perhaps none: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
     groups, group, real_tokens = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
         real_tokens += lengths[i]
-        if not group or (len(group) + 1) * lengths[i] > min(tokens, real_tokens / (1 - padding)):
+        most = min(tokens // lengths[i] * lengths[i] * ranks, real_tokens / (1 - padding))
+        if not group or (len(group) + 1) * lengths[i] > most:
             group, real_tokens = [], lengths[i]
             groups.append(group)
         group.append(i)
-    return groups
+    return groups if ranks == 1 else [group[RANK::ranks] for group in groups]
 
 
 # ---- model, log-probs, loss ----------------------------------------------------------------------
@@ -247,9 +340,10 @@ def load_model(kind, name, args, **options):
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
-    return model.to(DEVICE).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
+@sharded
 def plain_logps(model, pairs):
     """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
@@ -291,6 +385,7 @@ def pack_pairs(pairs, device):
         ids, positions, segments, visible, sources, ids[row, column], owners)]
 
 
+@sharded
 def pair_logps(model, pairs):
     """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
@@ -351,7 +446,7 @@ def batch_logps(model, logps_of, pairs, tokens):
     logps = torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
         logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
-    return logps
+    return pooled(logps)
 
 
 @torch.no_grad()
@@ -361,19 +456,20 @@ def reference_logps(out, model, logps_of, pairs, batches, tokens):
     They are kept beside the run folder `out`, under a hash of all that they depend on, for a
     resumed run or the next of a sweep. Rows that no batch holds are NaN.
     """
-    given = f"{model.config} {DEVICE} {logps_of.__name__} {tokens} {batches} {pairs}"
+    given = f"{model.config} {DEVICE} {logps_of.__name__} {tokens} {batches} {pairs} {RANKS}"
     digest = hashlib.sha256(given.encode())
     for weight in model.parameters():
-        digest.update(weight.detach().cpu().numpy().data)
+        digest.update(whole(weight.detach()).cpu().numpy().data)
     path = f"{out}/../reference-{digest.hexdigest()[:16]}.safetensors"
-    if os.path.exists(path):
+    if pooled(torch.tensor(int(os.path.exists(path)))) == RANKS:  # all see it
         return load_file(path)["logps"]
     logps = torch.full((2, len(pairs)), torch.nan)
-    for batch in tqdm(batches, "reference log-probs", disable=None):
+    for batch in tqdm(batches, "reference log-probs", disable=RANK > 0 or None):
         if logps[0, batch].isnan().any():
             logps[:, batch] = batch_logps(model, logps_of, [pairs[i] for i in batch], tokens)
-    save_file({"logps": logps}, f"{out}/reference.tmp")  # then renamed: others may read
-    os.replace(f"{out}/reference.tmp", path)
+    if RANK == 0:
+        save_file({"logps": logps}, f"{out}/reference.tmp")  # then renamed: others may read
+        os.replace(f"{out}/reference.tmp", path)
     return logps
 
 
@@ -390,6 +486,7 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
         loss = loss_fn(group_logps, ref_logps[:, group].to(policy.device))
         (loss.sum() / len(pairs)).backward()
         losses[group], logps[:, group] = loss.detach().cpu(), group_logps.detach().cpu()
+    losses, logps = pooled(losses), pooled(logps)
     metrics = {"loss": losses, "logps/chosen": logps[0]}
     if beta is not None:
         chosen, rejected = beta * (logps - ref_logps)
@@ -401,7 +498,7 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
 
 def optimizer_step(model, optimizer, lr, what):
     """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if not torch.isfinite(grad_norm):
         fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
              "checkpoint were touched. Look at those rows, or start again with a lower --lr")
@@ -439,6 +536,7 @@ def training_state(path, model, optimizer):
 
     The tensors are those of model and optimizer (whose moments are made here): to save is to write
     them. Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
+    The file is the same however many processes write or read it.
     """
     state = {"done": torch.tensor(0)}
     for name, weight in model.named_parameters():
@@ -450,7 +548,11 @@ def training_state(path, model, optimizer):
         if os.path.exists(path):
             with safe_open(path, "pt") as f:
                 for name, tensor in state.items():
-                    tensor.copy_(f.get_tensor(name))
+                    saved = f.get_tensor(name)
+                    if isinstance(tensor, DTensor):
+                        saved = distribute_tensor(saved, tensor.device_mesh, tensor.placements,
+                                                  src_data_rank=None)
+                    tensor.copy_(saved)
     except (SafetensorError, RuntimeError) as e:
         fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
     return state
@@ -467,19 +569,49 @@ def cut_jsonl(path, step):
                     size += len(line)
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
-    os.truncate(path, size)
+    if RANK == 0:
+        os.truncate(path, size)
+    pooled(torch.zeros(1))  # none reads it before
+
+
+def append_jsonl(path, rows):
+    """Add a line for each row; of several processes the first writes."""
+    if RANK == 0:
+        with open(path, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def save_checkpoint(path, state, done):
+    """Write the state after `done` steps."""
+    state["done"].fill_(done)
+    tensors = gathered(state)
+    if RANK == 0:
+        save_file(tensors, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)  # swapped in whole
+
+
+def save_model(folder, model, tokenizer):
+    """Write a plain Hugging Face folder; of several processes the first writes."""
+    weights = gathered(dict(model.named_parameters())) if RANKS > 1 else None
+    if RANK == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 
 def main(args):
-    open_run(args)
+    if RANK == 0:
+        open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    reference = copy.deepcopy(policy).to(DEVICE) if args.gold else None
+    actor = copy.deepcopy(reference) if RANKS > 1 else policy  # a whole model, to evaluate
+    shard(policy, args.checkpoint_activations)
     logps_of = choose_logps(policy, pairs)
     loss_fn = partial(ipo_loss, beta=args.beta)
     if args.gold:
         import gold_eval
-        judge = gold_eval.load_judge(args, args.eval_data or args.data, copy.deepcopy(policy),
-                                     tokenizer, logps_of)
+        judge = gold_eval.load_judge(args, args.eval_data or args.data, reference, tokenizer,
+                                     logps_of)
     window = 1 if args.order == "kept" else args.shuffle_window
     batches = make_batches(args.steps, args.batch_size, len(pairs), window, args.seed)
     with autocast():
@@ -492,13 +624,13 @@ def main(args):
     for name in ("metrics", "samples"):
         cut_jsonl(f"{args.out}/{name}.jsonl", start or -1)
     if args.gold and not start:  # where training starts from: KL 0, accuracies 1/2
-        metrics = {"step": 0, **gold_eval.evaluate_run(policy, judge, args.out, 0)}
-        with open(f"{args.out}/metrics.jsonl", "a") as f:
-            f.write(json.dumps(metrics) + "\n")
+        metrics = {"step": 0, **gold_eval.evaluate_run(actor, judge, args.out, 0)}
+        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
     caught = []  # SIGINT or SIGTERM: the step is finished and saved first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(number))
-    bar = tqdm(range(start, args.steps), "ipo", args.steps, initial=start, disable=None)
+    bar = tqdm(range(start, args.steps), "ipo", args.steps, initial=start,
+               disable=RANK > 0 or None)
     for step in bar:
         done, began, rows = step + 1, time.perf_counter(), batches[step]
         batch_pairs = [pairs[i] for i in rows]
@@ -510,23 +642,22 @@ def main(args):
         metrics = {"step": done, **metrics, "grad_norm": grad_norm, "lr": lr,
                    "tokens_per_s": round(tokens_per_s)}
         if args.gold and (done % args.eval_every == 0 or done == args.steps):
-            metrics |= gold_eval.evaluate_run(policy, judge, args.out, done)
-        with open(f"{args.out}/metrics.jsonl", "a") as f:
-            f.write(json.dumps(metrics) + "\n")
+            metrics |= gold_eval.evaluate_run(refresh(actor, policy), judge, args.out, done)
+        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in (
             "loss", "rewards/accuracies", "tokens_per_s", "gold/win_rate") if k in metrics})
-        if done < args.steps and (caught or done % args.save_every == 0):
-            state["done"].fill_(done)
-            save_file(state, f"{save_path}.tmp")
-            os.replace(f"{save_path}.tmp", save_path)  # swapped in whole
-            if caught:
-                fail(f"{signal.Signals(caught[0]).name}: saved step {done} to {save_path}; "
-                     "--resume goes on", 128 + caught[0])
-    policy.save_pretrained(f"{args.out}/final.tmp")
-    tokenizer.save_pretrained(f"{args.out}/final.tmp")
-    os.replace(f"{args.out}/final.tmp", f"{args.out}/final")  # whole or not at all
-    if os.path.exists(save_path):
-        os.remove(save_path)
+        stop = int(pooled(torch.tensor(len(caught))))  # one process may be the first to know
+        if done < args.steps and (stop or done % args.save_every == 0):
+            save_checkpoint(save_path, state, done)
+            if stop:
+                number = max(caught, default=signal.SIGTERM)
+                fail(f"{signal.Signals(number).name}: saved step {done} to {save_path}; "
+                     "--resume goes on", 128 + number)
+    save_model(f"{args.out}/final.tmp", policy, tokenizer)
+    if RANK == 0:
+        os.replace(f"{args.out}/final.tmp", f"{args.out}/final")  # whole or not at all
+        if os.path.exists(save_path):
+            os.remove(save_path)
     print(f"{args.out}: {args.steps} steps, " + ", ".join(
         f"{k} {metrics[k]:.4g}" for k in metrics if k.startswith(("loss", "rewards/a", "gold/"))))
 

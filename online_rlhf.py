@@ -25,24 +25,30 @@ import signal
 import subprocess
 import sys
 import time
-from functools import lru_cache, partial
+from datetime import timedelta
+from functools import lru_cache, partial, wraps
 from itertools import islice
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reward import halve, load_labeller, prefer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 23)  # in fp32 256 MB; on CPU 32 MB
 # bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere
 autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
@@ -70,6 +76,8 @@ def parse_args(argv=None):
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --prompts)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
+    p.add_argument("--checkpoint-activations", action="store_true",
+                   help="recompute layers in the backward pass: less memory, 1/3 more work")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.add_argument("--seed", type=int, default=0, help="seed of the data order and of the sampling")
@@ -79,6 +87,11 @@ def parse_args(argv=None):
 
 def fail(message, status=2):
     """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
+    if RANK > 0 and status > 128:  # a signal stops all processes; the first says so
+        raise SystemExit(status)
+    if RANK > 0:  # what all find out is said by the first, whose end ends the others
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     print("error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(status)
 
@@ -90,7 +103,12 @@ def guard(main, args):
         if type(value) in (int, float) and not least <= value < 1 << 31:
             fail(f"--{name.replace('_', '-')} {value} is out of range")
     try:
+        if RANKS > 1:
+            join()
         main(args)
+        if RANKS > 1:
+            dist.barrier()  # none leaves before the first has written all
+            dist.destroy_process_group()
     except KeyboardInterrupt:  # before the first step; from there on signals are caught
         fail("interrupted; what was saved before is whole", 130)
     except (OSError, SafetensorError) as e:  # a full disk, say
@@ -98,7 +116,80 @@ def guard(main, args):
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
             fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            fail("another process of the run has ended; --resume goes on from the checkpoint", 1)
         raise
+
+
+# ---- many processes: torchrun --nproc-per-node 8 dpo.py ...; skip it at first ---------------------
+def join():
+    """Meet the other processes of torchrun; what all of them print is printed by the first."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(hours=1))  # the first may be long in writing
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+def shard(model, recompute):
+    """Move a model to the device; of several processes each keeps a share of it (FSDP2).
+
+    A layer is whole only while it runs (on CUDA in bf16), all else while a `sharded` function runs.
+    Gradients are summed over the processes. `recompute`: of a layer keep only what goes into it,
+    and run it again in the backward pass.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers if recompute else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                preserve_rng_state=False)
+    for module in [*layers, model] if RANKS > 1 else ():
+        dtype = torch.bfloat16 if DEVICE.type == "cuda" and module is not model else None
+        fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
+            dtype, torch.float32, cast_forward_inputs=False))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if RANKS > 1:
+        model.run = lambda function, rows: function(model, rows)
+        fsdp.register_fsdp_forward_method(model, "run")
+    return model.to(DEVICE)
+
+
+def sharded(function):
+    """Let function(model, rows), a tensor (..., rows), take a model of `shard`, and no rows at all.
+
+    All processes must call it equally often: one without rows computes a stand-in.
+    """
+    @wraps(function)
+    def run(model, rows):
+        call = partial(model.run, function) if hasattr(model, "run") else partial(function, model)
+        return call(rows or [([0], [0], [0])])[..., :len(rows)]
+    return run if RANKS > 1 else function
+
+
+def pooled(tensor):
+    """The sum over the processes, each of which has filled in the rows of its share."""
+    if RANKS > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def whole(tensor):
+    """A tensor of a sharded model or its optimizer, gathered: all processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors):
+    """The tensors of a dict, whole; of several processes the first has them, on the CPU."""
+    every = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return tensors if RANKS == 1 else {name: x.cpu() for name, x in every if RANK == 0}
+
+
+@torch.no_grad()
+def refresh(actor, policy):
+    """Copy the weights of a sharded policy into `actor`, a whole model that samples; return it."""
+    if actor is not policy:
+        for mine, weight in zip(actor.parameters(), policy.parameters(), strict=True):
+            mine.copy_(whole(weight))
+    return actor
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -212,21 +303,23 @@ def make_batches(steps, batch_size, rows, shuffle_window, seed):
     return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
-def micro_batches(rows, tokens, extra=0, padding=0.2):
+def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     """Split a batch into lists of its indices, shortest rows first.
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
     row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
+    Each of several processes gets its share of every list, of some perhaps none: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
     groups, group, real_tokens = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
         real_tokens += lengths[i]
-        if not group or (len(group) + 1) * lengths[i] > min(tokens, real_tokens / (1 - padding)):
+        most = min(tokens // lengths[i] * lengths[i] * ranks, real_tokens / (1 - padding))
+        if not group or (len(group) + 1) * lengths[i] > most:
             group, real_tokens = [], lengths[i]
             groups.append(group)
         group.append(i)
-    return groups
+    return groups if ranks == 1 else [group[RANK::ranks] for group in groups]
 
 
 # ---- model, log-probs, loss ----------------------------------------------------------------------
@@ -252,9 +345,10 @@ def load_model(kind, name, args, **options):
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
-    return model.to(DEVICE).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
+@sharded
 def plain_logps(model, pairs):
     """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
@@ -296,6 +390,7 @@ def pack_pairs(pairs, device):
         ids, positions, segments, visible, sources, ids[row, column], owners)]
 
 
+@sharded
 def pair_logps(model, pairs):
     """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
@@ -447,7 +542,7 @@ def prefill(model, prompts, per_prompt, room, tokens, static):
     used = torch.tensor(end, device=model.device)
     real = torch.tensor([[0] * (end - len(x)) + [1] * len(x) + [0] * room for x in prompts])
     real = real.to(model.device).repeat_interleave(per_prompt, 0)
-    for group in micro_batches([[x] for x in prompts], tokens):
+    for group in micro_batches([[x] for x in prompts], tokens, ranks=1):
         width, cache = len(prompts[group[-1]]), Cache(layer_class_to_replicate=DynamicLayer)
         ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in group])
         rows = slice(group[0] * per_prompt, (group[-1] + 1) * per_prompt)
@@ -522,6 +617,7 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     eighth of what training keeps of it), 32 times elsewhere. Rows that have ended leave the batch:
     at once, or, with `static` shapes (on CUDA), when they are half of it. The noise of every (row,
     position) is drawn beforehand: neither the grouping nor the leaving changes what a row draws.
+    Each of several processes samples its share, with a whole model; all get all.
     """
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
@@ -529,7 +625,8 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
     drawn = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
     lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
-    for group in micro_batches([[x] for x in prompts], slots // per_prompt, max_tokens, 0.7):
+    for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
+                                            max_tokens, 0.7)):
         cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
                                             max_tokens, tokens, static)
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
@@ -562,7 +659,8 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
             logits = step()
             places += 1
             used += 1
-    return [x[:n] for x, n in zip(drawn.tolist(), lengths.tolist(), strict=True)]
+    drawn, lengths = pooled(drawn).tolist(), pooled(lengths).tolist()
+    return [x[:n] for x, n in zip(drawn, lengths, strict=True)]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -572,7 +670,7 @@ def batch_logps(model, logps_of, pairs, tokens):
     logps = torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
         logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
-    return logps
+    return pooled(logps)
 
 
 def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
@@ -588,6 +686,7 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
         loss = loss_fn(group_logps, ref_logps[:, group].to(policy.device))
         (loss.sum() / len(pairs)).backward()
         losses[group], logps[:, group] = loss.detach().cpu(), group_logps.detach().cpu()
+    losses, logps = pooled(losses), pooled(logps)
     metrics = {"loss": losses, "logps/chosen": logps[0]}
     if beta is not None:
         chosen, rejected = beta * (logps - ref_logps)
@@ -599,7 +698,7 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
 
 def optimizer_step(model, optimizer, lr, what):
     """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if not torch.isfinite(grad_norm):
         fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
              "checkpoint were touched. Look at those rows, or start again with a lower --lr")
@@ -637,6 +736,7 @@ def training_state(path, model, optimizer):
 
     The tensors are those of model and optimizer (whose moments are made here): to save is to write
     them. Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
+    The file is the same however many processes write or read it.
     """
     state = {"done": torch.tensor(0)}
     for name, weight in model.named_parameters():
@@ -648,7 +748,11 @@ def training_state(path, model, optimizer):
         if os.path.exists(path):
             with safe_open(path, "pt") as f:
                 for name, tensor in state.items():
-                    tensor.copy_(f.get_tensor(name))
+                    saved = f.get_tensor(name)
+                    if isinstance(tensor, DTensor):
+                        saved = distribute_tensor(saved, tensor.device_mesh, tensor.placements,
+                                                  src_data_rank=None)
+                    tensor.copy_(saved)
     except (SafetensorError, RuntimeError) as e:
         fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
     return state
@@ -665,23 +769,50 @@ def cut_jsonl(path, step):
                     size += len(line)
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
-    os.truncate(path, size)
+    if RANK == 0:
+        os.truncate(path, size)
+    pooled(torch.zeros(1))  # none reads it before
+
+
+def append_jsonl(path, rows):
+    """Add a line for each row; of several processes the first writes."""
+    if RANK == 0:
+        with open(path, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def save_checkpoint(path, state, done):
+    """Write the state after `done` steps."""
+    state["done"].fill_(done)
+    tensors = gathered(state)
+    if RANK == 0:
+        save_file(tensors, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)  # swapped in whole
+
+
+def save_model(folder, model, tokenizer):
+    """Write a plain Hugging Face folder; of several processes the first writes."""
+    weights = gathered(dict(model.named_parameters())) if RANKS > 1 else None
+    if RANK == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 
 def main(args):
-    open_run(args)
+    if RANK == 0:
+        open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     data = load_pairs(args.prompts, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    place = (lambda model: model.to(DEVICE)) if args.gold else halve  # evaluation needs fp32
+    reference = place(copy.deepcopy(policy)) if args.gold or args.loss != "bo2" else None
+    actor = place(copy.deepcopy(policy)) if RANKS > 1 else policy  # a whole model, to sample from
+    shard(policy, args.checkpoint_activations)
     logps_of, ends = choose_logps(policy, data), end_ids(policy, tokenizer)
-    labeller, reference = load_labeller(args.labeller, tokenizer, args), None
-    if args.gold or args.loss != "bo2":
-        reference = copy.deepcopy(policy).requires_grad_(False)
+    labeller = load_labeller(args.labeller, tokenizer, args)
     if args.gold:
         import gold_eval
         judge = gold_eval.load_judge(args, args.eval_data or args.prompts, reference, tokenizer,
                                      logps_of)
-    elif reference:  # evaluation alone needs it in fp32
-        halve(reference)
     loss_fn = {"ipo": partial(ipo_loss, beta=args.beta), "dpo": partial(dpo_loss, beta=args.beta),
                "slic": partial(slic_loss, beta=args.beta), "bo2": bo2_loss}[args.loss]
     batches = make_batches(args.steps, args.batch_size, len(data), 0, args.seed)
@@ -692,28 +823,27 @@ def main(args):
     for name in ("metrics", "samples", "stream"):
         cut_jsonl(f"{args.out}/{name}.jsonl", start or -1)
     if args.gold and not start:  # where training starts from: KL 0, accuracies 1/2
-        metrics = {"step": 0, **gold_eval.evaluate_run(policy, judge, args.out, 0)}
-        with open(f"{args.out}/metrics.jsonl", "a") as f:
-            f.write(json.dumps(metrics) + "\n")
+        metrics = {"step": 0, **gold_eval.evaluate_run(actor, judge, args.out, 0)}
+        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
     caught = []  # SIGINT or SIGTERM: the step is finished and saved first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(number))
-    bar = tqdm(range(start, args.steps), "online", args.steps, initial=start, disable=None)
+    bar = tqdm(range(start, args.steps), "online", args.steps, initial=start,
+               disable=RANK > 0 or None)
     for step in bar:
         done, began, rows = step + 1, time.perf_counter(), batches[step]
         prompts = [data[i][0] for i in rows]
         noise = torch.Generator().manual_seed((args.seed + 1 << 32) + step)  # of this step alone
         with autocast():  # around all tokens, so that the weights are cast once
-            responses = sample(policy, prompts, 2, args.max_response_tokens, ends, noise,
-                               len(tokenizer), args.tokens_per_microbatch)
+            responses = sample(refresh(actor, policy), prompts, 2, args.max_response_tokens, ends,
+                               noise, len(tokenizer), args.tokens_per_microbatch)
         batch_pairs = list(zip(prompts, responses[::2], responses[1::2], strict=True))
         margins = prefer(labeller, batch_pairs, args.tokens_per_microbatch).tolist()
         batch_pairs = [(x, a, b) if margin >= 0 else (x, b, a)
                        for (x, a, b), margin in zip(batch_pairs, margins, strict=True)]
-        with open(f"{args.out}/stream.jsonl", "a") as f:
-            f.writelines(json.dumps({"step": done, "prompt_ids": x, "chosen_ids": chosen,
-                                     "rejected_ids": rejected}) + "\n"
-                         for x, chosen, rejected in batch_pairs)
+        append_jsonl(f"{args.out}/stream.jsonl", [
+            {"step": done, "prompt_ids": x, "chosen_ids": chosen, "rejected_ids": rejected}
+            for x, chosen, rejected in batch_pairs])
         ties = sum(chosen == rejected for _, chosen, rejected in batch_pairs)
         ref_logps, beta = torch.zeros(2, len(rows)), None
         if args.loss == "bo2":
@@ -731,23 +861,22 @@ def main(args):
                    "tokens_per_s": round(tokens_per_s), "ties": ties,
                    "labeller_margin": sum(map(abs, margins)) / len(margins)}
         if args.gold and (done % args.eval_every == 0 or done == args.steps):
-            metrics |= gold_eval.evaluate_run(policy, judge, args.out, done)
-        with open(f"{args.out}/metrics.jsonl", "a") as f:
-            f.write(json.dumps(metrics) + "\n")
+            metrics |= gold_eval.evaluate_run(refresh(actor, policy), judge, args.out, done)
+        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in (
             "loss", "ties", "tokens_per_s", "gold/win_rate") if k in metrics})
-        if done < args.steps and (caught or done % args.save_every == 0):
-            state["done"].fill_(done)
-            save_file(state, f"{save_path}.tmp")
-            os.replace(f"{save_path}.tmp", save_path)  # swapped in whole
-            if caught:
-                fail(f"{signal.Signals(caught[0]).name}: saved step {done} to {save_path}; "
-                     "--resume goes on", 128 + caught[0])
-    policy.save_pretrained(f"{args.out}/final.tmp")
-    tokenizer.save_pretrained(f"{args.out}/final.tmp")
-    os.replace(f"{args.out}/final.tmp", f"{args.out}/final")  # whole or not at all
-    if os.path.exists(save_path):
-        os.remove(save_path)
+        stop = int(pooled(torch.tensor(len(caught))))  # one process may be the first to know
+        if done < args.steps and (stop or done % args.save_every == 0):
+            save_checkpoint(save_path, state, done)
+            if stop:
+                number = max(caught, default=signal.SIGTERM)
+                fail(f"{signal.Signals(number).name}: saved step {done} to {save_path}; "
+                     "--resume goes on", 128 + number)
+    save_model(f"{args.out}/final.tmp", policy, tokenizer)
+    if RANK == 0:
+        os.replace(f"{args.out}/final.tmp", f"{args.out}/final")  # whole or not at all
+        if os.path.exists(save_path):
+            os.remove(save_path)
     print(f"{args.out}: {args.steps} steps, " + ", ".join(
         f"{k} {metrics[k]:.4g}" for k in metrics if k.startswith(("loss", "rewards/a", "gold/"))))
 

@@ -60,7 +60,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def fail(message, status=2):
+def stop(message, status=2):
     """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
     print("error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(status)
@@ -120,10 +120,10 @@ def read_run(folder):
         with open(f"{folder}/metrics.jsonl", encoding="utf-8") as f:
             steps = [json.loads(line) for line in f if line.endswith("\n")]
     except (OSError, ValueError) as e:
-        fail(f"{folder} is not a run folder: {e}")
+        stop(f"{folder} is not a run folder: {e}")
     rows, hidden = [row for row in steps if "gold/win_rate" in row], toy_utility(folder)
     if not any(row["step"] for row in rows):
-        fail(f"{folder}/metrics.jsonl holds no gold evaluation of a trained policy; train with "
+        stop(f"{folder}/metrics.jsonl holds no gold evaluation of a trained policy; train with "
              "--gold and --baseline")
     for row in rows:
         if row["step"] in hidden:
@@ -149,7 +149,7 @@ def read_checkpoints(path):
                     {k: float(v) for k, v in row.items() if v and k.startswith(("gold/", "toy/"))}
                     | {"step": int(row["step"])})
     except (OSError, ValueError, KeyError) as e:
-        fail(f"{path} is no file of checkpoints: {e!r}")
+        stop(f"{path} is no file of checkpoints: {e!r}")
     return list(runs.values())
 
 
@@ -331,7 +331,7 @@ def log_kl(axes, ylabel):
 def over_kl(axes, runs, measure="gold/win_rate"):
     """Points and frontiers of each group, or the way of its only run; a line where SFT is."""
     if not all(measure in row for r in runs for row in r["rows"]):
-        fail("the hidden utility is known of toy samples only, and these runs have others")
+        stop("the hidden utility is known of toy samples only, and these runs have others")
     groups, by = grouped(runs), "beta" if len(grouped(runs, "loss")) == 1 else "loss"
     shapes = shapes_of(r[by] for r in runs)
     for group, some in groups.items():
@@ -473,7 +473,7 @@ def over_steps(axes, runs, measure):
 def training_loss(axes, runs):
     """The online run's loss, and that of offline runs on the pairs it made."""
     if not all("steps" in run for run in runs):
-        fail("training losses are in run folders alone, not in files of checkpoints")
+        stop("training losses are in run folders alone, not in files of checkpoints")
     online = next((r for r in runs if r["source"] == "online"), runs[0])
     for i, run in enumerate(runs):
         loss = np.array([row["loss"] for row in run["steps"]])
@@ -498,7 +498,7 @@ def classifiers(axes, files):
             curves.setdefault(kind, []).append([r["gold/accuracy_policy"] for r in rows])
             curves.setdefault("proxy", []).append([r["gold/accuracy_labeller"] for r in rows])
         except (OSError, ValueError, KeyError, IndexError) as e:
-            fail(f"{path} is no file of gold_eval.py classify: {e}")
+            stop(f"{path} is no file of gold_eval.py classify: {e}")
     for kind, values in curves.items():
         yield from band(axes, "share_of_stream", np.arange(1, 11) / 10, np.array(values),
                         {"classifier": kind}, color=COLOURS.get(kind), marker=".",

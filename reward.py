@@ -22,19 +22,26 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from datetime import timedelta
+from functools import partial, wraps
 from itertools import islice
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 # bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere
 autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
 
@@ -57,6 +64,8 @@ def parse_args(argv=None):
     p.add_argument("--patience", type=int, default=5,
                    help="stop after this many evaluations without a better validation accuracy")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
+    p.add_argument("--checkpoint-activations", action="store_true",
+                   help="recompute layers in the backward pass: less memory, 1/3 more work")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.add_argument("--seed", type=int, default=0, help="seed of the order of pairs and sides")
@@ -76,6 +85,11 @@ def parse_args(argv=None):
 
 def fail(message, status=2):
     """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
+    if RANK > 0 and status > 128:  # a signal stops all processes; the first says so
+        raise SystemExit(status)
+    if RANK > 0:  # what all find out is said by the first, whose end ends the others
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     print("error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(status)
 
@@ -87,7 +101,12 @@ def guard(main, args):
         if type(value) in (int, float) and not least <= value < 1 << 31:
             fail(f"--{name.replace('_', '-')} {value} is out of range")
     try:
+        if RANKS > 1:
+            join()
         main(args)
+        if RANKS > 1:
+            dist.barrier()  # none leaves before the first has written all
+            dist.destroy_process_group()
     except KeyboardInterrupt:  # before the first step; from there on signals are caught
         fail("interrupted; what was saved before is whole", 130)
     except (OSError, SafetensorError) as e:  # a full disk, say
@@ -95,7 +114,71 @@ def guard(main, args):
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
             fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            fail("another process of the run has ended; --resume goes on from the checkpoint", 1)
         raise
+
+
+# ---- many processes: torchrun --nproc-per-node 8 dpo.py ...; skip it at first ---------------------
+def join():
+    """Meet the other processes of torchrun; what all of them print is printed by the first."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(hours=1))  # the first may be long in writing
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+def shard(model, recompute):
+    """Move a model to the device; of several processes each keeps a share of it (FSDP2).
+
+    A layer is whole only while it runs (on CUDA in bf16), all else while a `sharded` function runs.
+    Gradients are summed over the processes. `recompute`: of a layer keep only what goes into it,
+    and run it again in the backward pass.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers if recompute else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                preserve_rng_state=False)
+    for module in [*layers, model] if RANKS > 1 else ():
+        dtype = torch.bfloat16 if DEVICE.type == "cuda" and module is not model else None
+        fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
+            dtype, torch.float32, cast_forward_inputs=False))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if RANKS > 1:
+        model.run = lambda function, rows: function(model, rows)
+        fsdp.register_fsdp_forward_method(model, "run")
+    return model.to(DEVICE)
+
+
+def sharded(function):
+    """Let function(model, rows), a tensor (..., rows), take a model of `shard`, and no rows at all.
+
+    All processes must call it equally often: one without rows computes a stand-in.
+    """
+    @wraps(function)
+    def run(model, rows):
+        call = partial(model.run, function) if hasattr(model, "run") else partial(function, model)
+        return call(rows or [([0], [0], [0])])[..., :len(rows)]
+    return run if RANKS > 1 else function
+
+
+def pooled(tensor):
+    """The sum over the processes, each of which has filled in the rows of its share."""
+    if RANKS > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def whole(tensor):
+    """A tensor of a sharded model or its optimizer, gathered: all processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors):
+    """The tensors of a dict, whole; of several processes the first has them, on the CPU."""
+    every = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return tensors if RANKS == 1 else {name: x.cpu() for name, x in every if RANK == 0}
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -209,21 +292,23 @@ def make_batches(steps, batch_size, rows, shuffle_window, seed):
     return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
 
 
-def micro_batches(rows, tokens, extra=0, padding=0.2):
+def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     """Split a batch into lists of its indices, shortest rows first.
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
     row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
+    Each of several processes gets its share of every list, of some perhaps none: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
     groups, group, real_tokens = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
         real_tokens += lengths[i]
-        if not group or (len(group) + 1) * lengths[i] > min(tokens, real_tokens / (1 - padding)):
+        most = min(tokens // lengths[i] * lengths[i] * ranks, real_tokens / (1 - padding))
+        if not group or (len(group) + 1) * lengths[i] > most:
             group, real_tokens = [], lengths[i]
             groups.append(group)
         group.append(i)
-    return groups
+    return groups if ranks == 1 else [group[RANK::ranks] for group in groups]
 
 
 def pack_pairs(pairs, device):
@@ -277,12 +362,12 @@ def load_model(kind, name, args, **options):
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
-    return model.to(DEVICE).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def optimizer_step(model, optimizer, lr, what):
     """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if not torch.isfinite(grad_norm):
         fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
              "checkpoint were touched. Look at those rows, or start again with a lower --lr")
@@ -319,6 +404,7 @@ def training_state(path, model, optimizer):
 
     The tensors are those of model and optimizer (whose moments are made here): to save is to write
     them. Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
+    The file is the same however many processes write or read it.
     """
     state = {"done": torch.tensor(0)}
     for name, weight in model.named_parameters():
@@ -330,7 +416,11 @@ def training_state(path, model, optimizer):
         if os.path.exists(path):
             with safe_open(path, "pt") as f:
                 for name, tensor in state.items():
-                    tensor.copy_(f.get_tensor(name))
+                    saved = f.get_tensor(name)
+                    if isinstance(tensor, DTensor):
+                        saved = distribute_tensor(saved, tensor.device_mesh, tensor.placements,
+                                                  src_data_rank=None)
+                    tensor.copy_(saved)
     except (SafetensorError, RuntimeError) as e:
         fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
     return state
@@ -347,7 +437,33 @@ def cut_jsonl(path, step):
                     size += len(line)
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
-    os.truncate(path, size)
+    if RANK == 0:
+        os.truncate(path, size)
+    pooled(torch.zeros(1))  # none reads it before
+
+
+def append_jsonl(path, rows):
+    """Add a line for each row; of several processes the first writes."""
+    if RANK == 0:
+        with open(path, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def save_checkpoint(path, state, done):
+    """Write the state after `done` steps."""
+    state["done"].fill_(done)
+    tensors = gathered(state)
+    if RANK == 0:
+        save_file(tensors, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)  # swapped in whole
+
+
+def save_model(folder, model, tokenizer):
+    """Write a plain Hugging Face folder; of several processes the first writes."""
+    weights = gathered(dict(model.named_parameters())) if RANKS > 1 else None
+    if RANK == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 
 # ---- the preference model ------------------------------------------------------------------------
@@ -375,23 +491,24 @@ def load_labeller(name, tokenizer, args):
 
 
 def halve(model):
-    """Freeze a model and hold its linear layers in what autocast casts them to (on CUDA bf16).
+    """Move a model to the device, its linear layers in what autocast casts them to (on CUDA bf16).
 
     The same bits come out at half the memory, with no fp32 weight beside its copy. What the
-    embeddings share stays as it is.
+    embeddings share stays as it is. Such a model is not to be trained.
     """
-    embedding, one = model.get_input_embeddings().weight, torch.ones(1, 1, device=model.device)
+    embedding, one = model.get_input_embeddings().weight, torch.ones(1, 1, device=DEVICE)
     with autocast():
         dtype = (one @ one).dtype
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
             module.to(dtype)
-    return model.requires_grad_(False)
+    return model.to(DEVICE)
 
 
 SCORE_SCALE = 32  # a mean moves as many times slower than a sum: without it, 1 to 2% less accurate
 
 
+@sharded
 def preference_logits(model, pairs):
     """Log-odds (B,) that the first response of each (prompt, first, second) is the better one.
 
@@ -436,7 +553,7 @@ def both_orders(model, pairs, tokens):
             second = (1 - first if model.config.preference_kind == "pointwise" else
                       preference_logits(model, swap(batch)).double().sigmoid())
         found[:, rows] = torch.stack([first, second]).cpu()
-    return found
+    return pooled(found)
 
 
 def prefer(model, pairs, tokens=8192):
@@ -450,6 +567,22 @@ def prefer(model, pairs, tokens=8192):
     return (first - second).masked_fill(equal, 0)
 
 
+@sharded
+def row_gaps(model, pairs):
+    """Relative difference (B,) of the hidden states of one row a pair and of one row a response."""
+    def hidden(ids, mask=None, positions=None):
+        return model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                use_cache=False).last_hidden_state[0]
+
+    gaps = []
+    for prompt, a, b in pairs:
+        ids, positions, _, visible, *_ = pack_pairs([(prompt, a, b)], model.device)
+        first, second = (hidden(torch.tensor([prompt + y], device=model.device)) for y in (a, b))
+        alone = torch.cat([first, second[len(prompt):]])
+        gaps.append((hidden(ids, visible, positions) - alone).norm() / alone.norm())
+    return torch.stack(gaps)
+
+
 @torch.no_grad()
 def choose_rows(model, pairs):
     """Use plain rows where the backbone's attention does not take the mask of one row a pair.
@@ -457,19 +590,9 @@ def choose_rows(model, pairs):
     It does if its hidden states of one row a pair are those of one row a response, on two pairs
     and on the longest, where a sliding window would show. The model's config keeps the choice.
     """
-    def hidden(ids, mask=None, positions=None):
-        return model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                use_cache=False).last_hidden_state[0]
-
-    longest, gaps = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:]))), []
+    longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))
     try:
-        for prompt, a, b in [*pairs[:2], longest]:
-            ids, positions, _, visible, *_ = pack_pairs([(prompt, a, b)], model.device)
-            first, second = (hidden(torch.tensor([prompt + y], device=model.device))
-                             for y in (a, b))
-            alone = torch.cat([first, second[len(prompt):]])
-            gaps.append((hidden(ids, visible, positions) - alone).norm() / alone.norm())
-        gap = torch.stack(gaps).max().item()  # NaN, if there is one
+        gap = row_gaps(model, [*pairs[:2], longest]).max().item()  # NaN, if there is one
     except Exception:  # the model takes no such mask
         gap = math.inf
     model.config.plain_rows = not gap <= 1e-3
@@ -495,7 +618,8 @@ def assess(model, pairs, tokens):
 
 def train(args):
     """Maximum likelihood on labelled pairs; stops where validation accuracy levels off."""
-    open_run(args)
+    if RANK == 0:
+        open_run(args)
     model, tokenizer = load_preference_model(args.model, args, args.kind)
     pairs, *validation = (
         load_pairs(path, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
@@ -507,6 +631,7 @@ def train(args):
         pairs, validation = pairs[:-held_out], pairs[-held_out:]
     else:
         fail(f"{args.data}: one pair cannot be split into training and validation")
+    shard(model, args.checkpoint_activations)
     choose_rows(model, pairs)
     batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -519,7 +644,8 @@ def train(args):
     caught = []  # SIGINT or SIGTERM: the step is finished and saved first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(number))
-    bar = tqdm(range(start, args.steps), "reward", args.steps, initial=start, disable=None)
+    bar = tqdm(range(start, args.steps), "reward", args.steps, initial=start,
+               disable=RANK > 0 or None)
     for step in bar:
         scores = [row["validation/accuracy"] for row in history]
         if scores and scores[::-1].index(max(scores)) >= args.patience:
@@ -536,6 +662,7 @@ def train(args):
             nll = F.softplus(-logits).sum() / len(batch)  # - log r of the right order
             nll.backward()
             loss, right = loss + nll.item(), right + (logits > 0).sum().item()
+        loss, right = pooled(torch.tensor([loss, right], dtype=torch.float64)).tolist()
         lr = args.lr * min(1.0, done / max(args.warmup, 1))
         grad_norm = optimizer_step(model, optimizer, lr, f"{args.out}: step {done}, rows {rows}")
         tokens_per_s = sum(map(len, sum(batch, ()))) / (time.perf_counter() - began)
@@ -545,29 +672,29 @@ def train(args):
             found = assess(model, validation, args.tokens_per_microbatch)
             metrics |= {f"validation/{k}": v for k, v in found.items()}
             if found["accuracy"] > max(scores, default=-1):
-                model.save_pretrained(best)
-                tokenizer.save_pretrained(best)
+                save_model(best, model, tokenizer)
             history.append(metrics)
-        with open(f"{args.out}/metrics.jsonl", "a") as f:
-            f.write(json.dumps(metrics) + "\n")
+        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
         bar.set_postfix({k: f"{metrics[k]:.3g}" for k in (
             "loss", "accuracy", "validation/accuracy", "tokens_per_s") if k in metrics})
-        if done < args.steps and (caught or done % args.save_every == 0):
-            state["done"].fill_(done)
-            save_file(state, f"{save_path}.tmp")
-            os.replace(f"{save_path}.tmp", save_path)  # swapped in whole
-            if caught:
-                fail(f"{signal.Signals(caught[0]).name}: saved step {done} to {save_path}; "
-                     "--resume goes on", 128 + caught[0])
+        stop = int(pooled(torch.tensor(len(caught))))  # one process may be the first to know
+        if done < args.steps and (stop or done % args.save_every == 0):
+            save_checkpoint(save_path, state, done)
+            if stop:
+                number = max(caught, default=signal.SIGTERM)
+                fail(f"{signal.Signals(number).name}: saved step {done} to {save_path}; "
+                     "--resume goes on", 128 + number)
     row = max(history, key=lambda row: row["validation/accuracy"])  # of equals the first
-    model, _ = load_preference_model(best, args)
+    pooled(torch.zeros(1))  # none reads the best before it is written
+    model = load_preference_model(best, args)[0].to(DEVICE)
     found = {k: row[f"validation/{k}"] for k in ("accuracy", "ece", "order_disagreement")} | {
         "train_accuracy": assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"]}
-    with open(f"{args.out}/assessment.json", "w") as f:
-        json.dump({"step": row["step"], **found}, f)
-    os.replace(best, f"{args.out}/final")
-    if os.path.exists(save_path):
-        os.remove(save_path)
+    if RANK == 0:
+        with open(f"{args.out}/assessment.json", "w") as f:
+            json.dump({"step": row["step"], **found}, f)
+        os.replace(best, f"{args.out}/final")
+        if os.path.exists(save_path):
+            os.remove(save_path)
     print(f"{args.out}: {args.kind}, best at step {row['step']} of {done}: validation accuracy "
           f"{found['accuracy']:.3f} (train {found['train_accuracy']:.3f}), ECE {found['ece']:.3f}, "
           f"the two orders disagree on {found['order_disagreement']:.1%}")
@@ -581,17 +708,18 @@ def label(args):
     halve(model)
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     margins, chunk = [], 4096
-    for i in tqdm(range(0, len(pairs), chunk), "label", disable=None):
+    for i in tqdm(range(0, len(pairs), chunk), "label", disable=RANK > 0 or None):
         margins += prefer(model, pairs[i:i + chunk], args.tokens_per_microbatch).tolist()
     flips, ties = sum(m < 0 for m in margins), sum(m == 0 for m in margins)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    with open(args.out + ".tmp", "w", encoding="utf-8") as f:
+    with open(args.out + ".tmp" if RANK == 0 else os.devnull, "w", encoding="utf-8") as f:
         for (_, row), margin in zip(read_jsonl(args.data), margins, strict=True):
             chosen, rejected = (s + "_ids" * ("chosen_ids" in row) for s in ("chosen", "rejected"))
             if margin < 0:
                 row[chosen], row[rejected] = row[rejected], row[chosen]
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(args.out + ".tmp", args.out)
+    if RANK == 0:
+        os.replace(args.out + ".tmp", args.out)
     print(f"{args.out}: {len(pairs):,} pairs, {flips:,} labels flipped ({flips / len(pairs):.1%}), "
           f"{ties:,} ties kept")
 

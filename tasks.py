@@ -58,7 +58,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def fail(message, status=2):
+def stop(message, status=2):
     """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
     print("error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(status)
@@ -310,12 +310,12 @@ def raw_rows(path):
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        fail(f"{path}:{number}: not a JSON object: {line.strip()[:40]!r}")
+                        stop(f"{path}:{number}: not a JSON object: {line.strip()[:40]!r}")
                     yield number, row
     except OSError as e:
-        fail(f"cannot read {path}: {e.strerror or e}; check --file")
+        stop(f"cannot read {path}: {e.strerror or e}; check --file")
     except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
-        fail(f"{path}:{number}: malformed line ({e}); mend or remove it")
+        stop(f"{path}:{number}: malformed line ({e}); mend or remove it")
 
 
 def hub_rows(name, split):
@@ -327,7 +327,7 @@ def hub_rows(name, split):
         try:
             from datasets import load_dataset
         except ImportError:
-            fail(f"{repo} is parquet: `pip install datasets`, or pass a local copy by --file")
+            stop(f"{repo} is parquet: `pip install datasets`, or pass a local copy by --file")
     try:
         if file:
             return raw_rows(hf_hub_download(repo, file, repo_type="dataset"))
@@ -336,7 +336,7 @@ def hub_rows(name, split):
         return enumerate(load_dataset(repo, split=split, **by_path), 1)
     except Exception as e:  # the hub's many errors all mean: not to be had from here
         what = f"{repo}/{file}" if file else repo
-        fail(f"cannot download {what} ({type(e).__name__}: {str(e)[:100]}); check its name and "
+        stop(f"cannot download {what} ({type(e).__name__}: {str(e)[:100]}); check its name and "
              "--split, or pass a local copy by --file")
 
 
@@ -350,9 +350,9 @@ def real_pairs(name, file, limit, as_text, split="train"):
         except Drop as reason:
             dropped[str(reason)] += 1
         except KeyError as key:
-            fail(f"{file or name}:{number}: missing key {key}; found {sorted(map(str, row))}")
+            stop(f"{file or name}:{number}: missing key {key}; found {sorted(map(str, row))}")
         except (TypeError, ValueError, AttributeError, IndexError) as e:
-            fail(f"{file or name}:{number}: a row of unknown shape ({e})")
+            stop(f"{file or name}:{number}: a row of unknown shape ({e})")
         if limit and len(pairs) == limit:
             break
     return pairs, dropped
@@ -411,18 +411,18 @@ def write_jsonl(path, rows):
 def main(args):
     out, toy = args.out or f"data/{os.path.basename(args.name)}", args.name == "toy"
     if args.name not in ("toy", *HUB, "file") and args.name.count("/") != 1:
-        fail(f"no task {args.name}: give toy, {', '.join(HUB)}, file, or ORG/NAME on the hub")
+        stop(f"no task {args.name}: give toy, {', '.join(HUB)}, file, or ORG/NAME on the hub")
     if args.split != "train" and "/" not in args.name:
-        fail(f"--split {args.split} is for ORG/NAME on the hub")
+        stop(f"--split {args.split} is for ORG/NAME on the hub")
     for flag in ("pairs", "width", "layers", "vocab"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            fail(f"--{flag} {getattr(args, flag)} is out of range")
+            stop(f"--{flag} {getattr(args, flag)} is out of range")
     if args.width and args.width % (2 * max(args.width // 64, 4)):
-        fail(f"--width {args.width}: must be a multiple of {2 * max(args.width // 64, 4)}")
+        stop(f"--width {args.width}: must be a multiple of {2 * max(args.width // 64, 4)}")
     if args.name == "file" and not args.file:
-        fail("`tasks.py file` needs --file PAIRS.jsonl")
+        stop("`tasks.py file` needs --file PAIRS.jsonl")
     if os.path.exists(os.path.join(out, "initial.jsonl")):
-        fail(f"{out}/initial.jsonl exists; choose another --out or remove it")
+        stop(f"{out}/initial.jsonl exists; choose another --out or remove it")
     if toy:
         pairs = toy_pairs(args.pairs or 64_000, args.seed, TOY_NOISE)
     else:
@@ -431,7 +431,7 @@ def main(args):
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
             print(f"dropped {sum(dropped.values()):,} rows: {reasons}")
         if not pairs:
-            fail(f"{args.file or args.name}: no usable pair is left")
+            stop(f"{args.file or args.name}: no usable pair is left")
     os.makedirs(out, exist_ok=True)
     if toy:
         write_jsonl(f"{out}/validation.jsonl", toy_pairs(2_000, f"{args.seed}-validation", 0))

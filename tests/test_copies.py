@@ -74,8 +74,8 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines; to raise one is a decision: first look for what can go
-    "dpo.py": 535, "ipo.py": 535, "slic.py": 542, "bo2.py": 495, "sft.py": 446,
-    "online_rlhf.py": 756, "reward.py": 604, "gold_eval.py": 559, "tasks.py": 448, "study.py": 509,
+    "dpo.py": 666, "ipo.py": 666, "slic.py": 673, "bo2.py": 625, "sft.py": 566,
+    "online_rlhf.py": 885, "reward.py": 732, "gold_eval.py": 570, "tasks.py": 448, "study.py": 509,
     "plots.py": 609}
 
 
