@@ -103,7 +103,7 @@ def guard(main, args):
         raise
 
 
-# ---- many processes: torchrun --nproc-per-node 8 dpo.py ...; skip it at first ---------------------
+# ---- many processes: torchrun --nproc-per-node 8 dpo.py ...; skip it at first --------------------
 def join():
     """Meet the other processes of torchrun; what all of them print is printed by the first."""
     if DEVICE.type == "cuda":

@@ -21,13 +21,13 @@ SCRIPTS = ["dpo", "online_rlhf", "reward"] if not LONG else [
     "sft", "reward", "dpo", "ipo", "slic", "bo2", "online_rlhf"]
 
 
-def one_rank(rank, ranks, port, *words):
+def one_rank(rank, ranks, port, target, *words):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    script(*words)
+    target(*words)
 
 
-def start(folder, ranks, words):
+def start(folder, ranks, words, target=script):
     """The processes of a run, as torchrun starts them."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -35,7 +35,8 @@ def start(folder, ranks, words):
     folders = [folder / f"rank{rank}-{time.monotonic_ns()}" for rank in range(ranks)]
     for path in folders:
         path.mkdir()
-    return [Fork(path, one_rank, rank, ranks, port, *words) for rank, path in enumerate(folders)]
+    return [Fork(path, one_rank, rank, ranks, port, target, *words)
+            for rank, path in enumerate(folders)]
 
 
 def run(folder, ranks, words):
