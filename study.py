@@ -3,6 +3,7 @@
     python study.py --scale demo                  # toy data to a judged policy: table and figure
     python study.py --scale toy --jobs 2          # every figure, three seeds: hours on two cores
     python study.py --scale toy --only fig4       # one figure and what it needs
+    python study.py --scale gpu                   # the main claim on a real task: a night, one GPU
     python study.py --scale paper --list          # the commands, in order, on real data and models
     python study.py --scale paper --list 3        # of these the third wave: all can run at once
 
@@ -45,12 +46,25 @@ TOY = dict(
     lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40], larger={})
 SCALES = {
     "demo": TOY | dict(
-        pairs=20_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200, evaluations=8,
-        lrs=[3e-4], betas=[0.02, 0.05], sft=TOY["sft"] | dict(steps=150, lr=3e-3), golden_steps=120,
+        figures=["main"], pairs=20_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200,
+        evaluations=8, lrs=[3e-4], betas=[0.02, 0.05], golden_steps=120,
+        sft=TOY["sft"] | dict(steps=150, lr=3e-3),
         gold=TOY["gold"] | dict(steps=400, lr=7e-4, warmup=20, eval_every=50),
         proxy=TOY["proxy"] | dict(steps=200, lr=7e-4, warmup=20)),
     "toy": TOY,
+    "gpu": dict(  # a night on one GPU of 80 GB, by estimate: no run of it was made
+        tasks=["helpful"], seeds=[0, 1, 2], sizes=[""], prompts=512,
+        policy=["Qwen/Qwen2.5-0.5B"], golden="Qwen/Qwen2.5-1.5B",
+        figures=["fig1", "fig4", "fig6", "fig7", "fig8"],
+        lengths=dict(max_prompt_tokens=384, max_response_tokens=128),
+        sft=dict(steps=600, batch_size=64, lr=1e-5),
+        gold=dict(steps=3000, batch_size=32, lr=1e-5, warmup=100),
+        proxy=dict(steps=1500, batch_size=32, lr=1e-5, warmup=100),
+        train=dict(batch_size=32), steps=800, long=800,
+        lr=3e-6, lrs=[3e-6], beta=0.1, betas=[0.1, 0.5]),
     "paper": dict(  # its hyper-parameters (section 4, appendix A); models are flags
+        policy=["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B"],
+        golden="Qwen/Qwen2.5-7B",
         tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0], sizes=["", "-2", "-3"],
         pairs=90_000, prompts=2048,
         lengths=dict(max_prompt_tokens=896, max_response_tokens=128),
@@ -87,22 +101,33 @@ def parse_args(argv=None):
     p.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="FIGURE",
                    help=f"some of: {', '.join(EXPERIMENTS)} (default: all; demo: main)")
     p.add_argument("--jobs", type=int, help="commands at once, which share the cores (default: as "
-                   "many as cores, at most 8; paper: 1)")
+                   "many as cores, at most 8; gpu, paper: 1)")
     p.add_argument("--seed", type=int, default=0, help="another draw of everything")
     p.add_argument("--list", type=int, nargs="?", const=0, metavar="WAVE",
                    help="print the commands, or those of one wave, and run nothing")
-    p.add_argument("--policy", nargs=3, metavar="MODEL", help="paper: policies by size",
-                   default=["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B"])
-    p.add_argument("--golden", default="Qwen/Qwen2.5-7B", metavar="MODEL",
-                   help="paper: backbone of the golden model, of the policies' tokenizer")
+    p.add_argument("--policy", nargs="+", metavar="MODEL", help="gpu, paper: policies by size "
+                   "(default: Qwen/Qwen2.5-0.5B, paper: also -1.5B and -3B)")
+    p.add_argument("--golden", metavar="MODEL", help="gpu, paper: backbone of the golden model, of "
+                   "the policies' tokenizer (default: Qwen/Qwen2.5-1.5B, paper: -7B)")
+    p.add_argument("--steps", type=int, help=argparse.SUPPRESS)  # a rehearsal: few and small ones
     return p.parse_args(argv)
+
+
+def scale_of(args):
+    """The settings of args.scale; with --steps those of a rehearsal, so many steps of two rows."""
+    scale = SCALES[args.scale]
+    short = dict(steps=args.steps, batch_size=2)
+    return scale if not args.steps else scale | dict(
+        seeds=[0], steps=args.steps, long=args.steps, prompts=4, evaluations=1,
+        train=scale["train"] | dict(batch_size=2),
+        **{kind: scale[kind] | short for kind in ("sft", "gold", "proxy")})
 
 
 class Study:
     """Stages of one task in dependency order; a stage that is asked for twice is there once."""
 
     def __init__(self, args, task, stages):
-        self.scale, self.args, self.task, self.stages = SCALES[args.scale], args, task, stages
+        self.scale, self.args, self.task, self.stages = scale_of(args), args, task, stages
         self.betas, self.lengths = self.scale["betas"], self.scale["lengths"]
         self.seeds = [args.seed + seed for seed in self.scale["seeds"]]
         self.name = name_of(args)
@@ -132,7 +157,8 @@ class Study:
                      **({"pairs": s["pairs"]} if toy else {"text": True}))
         sft, initial = self.sft(""), self.initial[self.task]
         self.add("reward.py", f"{self.gold}/final", "train", resume=True, out=self.gold,
-                 model=sft if toy else self.args.golden, data=initial, **s["gold"], **self.lengths)
+                 model=sft if toy else self.args.golden or s["golden"], data=initial, **s["gold"],
+                 **self.lengths)
         self.label(initial, self.d_golden)
         self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo", model=sft,
                  labeller=self.gold, prompts=initial, resume=True, lr=s["lr"],
@@ -157,9 +183,9 @@ class Study:
                 self.add("tasks.py", base, "toy", out=os.path.dirname(base), width=width,
                          layers=layers, pairs=s["pairs"])
         else:
-            base = self.args.policy[s["sizes"].index(size)]
+            base = (self.args.policy or s["policy"])[s["sizes"].index(size)]
         self.add("sft.py", f"{out}/final", model=base, data=list(self.initial.values()), out=out,
-                 resume=True, **s["sft"] | s["larger"].get(size, {}).get("sft", {}),
+                 resume=True, **s["sft"] | s.get("larger", {}).get(size, {}).get("sft", {}),
                  **self.lengths)
         return out
 
@@ -180,7 +206,7 @@ class Study:
                  baseline=f"{self.data}/golden-policy-baseline.jsonl",
                  eval_every=max(1, steps // s.get("evaluations", 16 if steps > s["steps"] else 8)),
                  resume=True, **self.lengths,
-                 **s["train"] | s["larger"].get(size, {}).get("train", {}))
+                 **s["train"] | s.get("larger", {}).get(size, {}).get("train", {}))
         return out
 
     def online(self, seed, loss="ipo", beta=None, size="", proxy="proxy", lr=None, steps=None):
@@ -314,8 +340,8 @@ def name_of(args):
 def experiments(args):
     """({path: its command}, in dependency order; {(task, figure): what it draws})."""
     stages, drawn = {}, {}
-    demo = args.scale == "demo"
-    figures = args.only or [name for name in EXPERIMENTS if (name == "main") == demo]
+    figures = args.only or SCALES[args.scale].get(
+        "figures", [name for name in EXPERIMENTS if name != "main"])
     for task in SCALES[args.scale]["tasks"]:
         study = Study(args, task, stages)
         for figure in figures:
@@ -360,6 +386,14 @@ def start(words, threads, lock, log=None):
 def cost(words):
     """About how long a command takes, in gradient steps of an offline run."""
     return 60 + int(value_of(words, "--steps", 60)) * (4 if words[0] == "online_rlhf.py" else 1)
+
+
+def hours(words):
+    """About how long a command of --scale gpu takes on one H100: reckoned, not yet measured."""
+    steps, made = int(value_of(words, "--steps", 0)), {"sample": 60, "classify": 300}
+    each = {"online_rlhf.py": 3, "sft.py": 1.5, "reward.py": 1}.get(words[0], 0.8)
+    judged = 1 + steps // int(value_of(words, "--eval-every", 1)) if "--gold" in words else 0
+    return (60 + each * steps + 60 * judged + made.get(words[1], 1200 * ("label" in words))) / 3600
 
 
 def run(stages, jobs, folder):
@@ -478,17 +512,24 @@ Three things to try next:
 
 
 def main(args):
-    jobs = args.jobs if args.jobs is not None else 1 if args.scale == "paper" else min(CORES, 8)
+    toy, sizes = SCALES[args.scale]["tasks"] == ["toy"], SCALES[args.scale]["sizes"]
+    if args.policy and len(args.policy) != len(sizes):
+        plots.stop(f"--policy: {args.scale} needs {len(sizes)}, by size")
+    jobs = args.jobs if args.jobs is not None else min(CORES, 8) if toy else 1
     if jobs < 1:
-        plots.fail(f"--jobs {jobs} is out of range")
+        plots.stop(f"--jobs {jobs} is out of range")
     stages, drawn = experiments(args)
     if args.list is not None:
         found = waves(stages)
         if not 0 <= args.list <= len(found):
-            plots.fail(f"--list {args.list}: there are waves 1 to {len(found)}")
+            plots.stop(f"--list {args.list}: there are waves 1 to {len(found)}")
         for wave in [found[args.list - 1]] if args.list else found:
             for makes in wave:
-                print(f"python {shlex.join(stages[makes])}")
+                about = f"  # about {hours(stages[makes]):.1f} h" if args.scale == "gpu" else ""
+                print(f"python {shlex.join(stages[makes])}{about}")
+        if args.scale == "gpu":
+            print(f"# about {sum(map(hours, stages.values())):.0f} hours in all on one H100: "
+                  "reckoned, not measured")
         return
     run(stages, jobs, f"runs/{name_of(args)}")
     for (task, figure), runs in drawn.items():

@@ -3,6 +3,7 @@
     PROCESSES=1 python -m pytest -s tests/test_processes.py      # the long forms
 """
 
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import Fork, rows_of, script, weights_of
+from conftest import ROOT, Fork, rows_of, script, weights_of
 from test_faults import command
 from test_scripts import timeless
 
@@ -111,6 +112,44 @@ def test_evaluation_as_one_process(toy, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
     texts = [[row["response"] for row in rows_of(f"{tmp_path}/{n}/samples.jsonl")] for n in (1, 3)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("words", [
+    ["reward.py", "label", "--model", "gold", "--data", "data/initial.jsonl"],
+    ["gold_eval.py", "sample", "--model", "sft", "--data", "data/golden.jsonl", "--prompts", "21"],
+    ["gold_eval.py", "judge", "--model", "sft", "--reference", "sft", "--gold", "gold",
+     "--baseline", "baseline.jsonl", "--data", "data/golden.jsonl"]])
+def test_labels_samples_and_judgements(toy, tmp_path, words):
+    """The file that two processes write is that of one."""
+    words = [f"{ROOT}/{words[0]}", *(
+        f"{toy}/{w}" if os.path.exists(f"{toy}/{w}") else w for w in words[1:]),
+        "--max-prompt-tokens", "32", "--max-response-tokens", "40", "--out"]
+    Fork(tmp_path, script, *words, f"{tmp_path}/one").succeed()
+    run(tmp_path, 2, [*words, f"{tmp_path}/two"])
+    one, two = (rows_of(f"{tmp_path}/{name}") for name in ("one", "two"))
+    assert one == two if "judge" not in words else one[0] == pytest.approx(two[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox"] if not LONG else [
+    "gpt_neox", "gpt2", "gemma2", "gemma3_text", "qwen3"])
+def test_families(tmp_path, family):
+    """Heads tied and not, soft-capped logits, plain rows; with layers computed again."""
+    from test_families import make_model
+
+    make_model(family, f"{tmp_path}/base")
+    with open(f"{tmp_path}/pairs.jsonl", "w") as f:
+        for i in range(24):
+            f.write(json.dumps({"prompt": "the fox" * (1 + i % 3), "rejected": "sang" * (1 + i),
+                                "chosen": "and the owl" * (i // 3)}) + "\n")
+    words = command("dpo", tmp_path, "", steps=8, batch_size=6, lr=1e-4,
+                    checkpoint_activations=True, model=f"{tmp_path}/base")
+    words[words.index("--data") + 1] = f"{tmp_path}/pairs.jsonl"
+    at = words.index("--out") + 1
+    words[at] = f"{tmp_path}/1"
+    Fork(tmp_path, script, *words).succeed()
+    words[at] = f"{tmp_path}/2"
+    run(tmp_path, 2, words)
+    print(family, close(f"{tmp_path}/2", f"{tmp_path}/1"))
 
 
 @pytest.mark.parametrize("name", ["online_rlhf"] if not LONG else SCRIPTS)
