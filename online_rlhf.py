@@ -106,8 +106,8 @@ def guard(main, args):
         if RANKS > 1:
             join()
         main(args)
+        meet()  # none leaves before the first has written all
         if RANKS > 1:
-            dist.barrier()  # none leaves before the first has written all
             dist.destroy_process_group()
     except KeyboardInterrupt:  # before the first step; from there on signals are caught
         fail("interrupted; what was saved before is whole", 130)
@@ -130,19 +130,25 @@ def join():
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
+def meet():
+    """Wait until all processes are here."""
+    if RANKS > 1:
+        dist.barrier()
+
+
 def shard(model, recompute):
     """Move a model to the device; of several processes each keeps a share of it (FSDP2).
 
-    A layer is whole only while it runs (on CUDA in bf16), all else while a `sharded` function runs.
-    Gradients are summed over the processes. `recompute`: of a layer keep only what goes into it,
-    and run it again in the backward pass.
+    A layer is whole only while it runs (on CUDA in bf16: under autocast), all else while a
+    `sharded` function does. Gradients are summed over the processes. `recompute`: of a layer keep
+    only what goes into it, and run it again in the backward pass.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers if recompute else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 preserve_rng_state=False)
     for module in [*layers, model] if RANKS > 1 else ():
-        dtype = torch.bfloat16 if DEVICE.type == "cuda" and module is not model else None
+        dtype = torch.bfloat16 if autocast.keywords["enabled"] and module is not model else None
         fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
             dtype, torch.float32, cast_forward_inputs=False))
         module.set_gradient_divide_factor(1.0)
@@ -711,6 +717,8 @@ def optimizer_step(model, optimizer, lr, what):
 # ---- run folder ----------------------------------------------------------------------------------
 def open_run(args):
     """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
+    if RANK > 0:  # the first does it
+        return meet()
     given = {"script": os.path.basename(__file__), **vars(args)}
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
@@ -729,6 +737,7 @@ def open_run(args):
     changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
     if changed:
         fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
+    meet()
 
 
 def training_state(path, model, optimizer):
@@ -760,6 +769,8 @@ def training_state(path, model, optimizer):
 
 def cut_jsonl(path, step):
     """Cut a file of {"step": ...} rows after `step`: a killed run wrote more than it saved."""
+    if RANK > 0:  # the first does it
+        return meet()
     size = 0
     with open(path, "ab+") as f:  # makes an empty one at the first start
         f.seek(0)
@@ -769,9 +780,8 @@ def cut_jsonl(path, step):
                     size += len(line)
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
-    if RANK == 0:
-        os.truncate(path, size)
-    pooled(torch.zeros(1))  # none reads it before
+    os.truncate(path, size)
+    meet()
 
 
 def append_jsonl(path, rows):
@@ -799,15 +809,14 @@ def save_model(folder, model, tokenizer):
 
 
 def main(args):
-    if RANK == 0:
-        open_run(args)
+    open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     data = load_pairs(args.prompts, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     place = (lambda model: model.to(DEVICE)) if args.gold else halve  # evaluation needs fp32
     reference = place(copy.deepcopy(policy)) if args.gold or args.loss != "bo2" else None
     actor = place(copy.deepcopy(policy)) if RANKS > 1 else policy  # a whole model, to sample from
+    logps_of, ends = choose_logps(policy.to(DEVICE), data), end_ids(policy, tokenizer)
     shard(policy, args.checkpoint_activations)
-    logps_of, ends = choose_logps(policy, data), end_ids(policy, tokenizer)
     labeller = load_labeller(args.labeller, tokenizer, args)
     if args.gold:
         import gold_eval

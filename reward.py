@@ -104,8 +104,8 @@ def guard(main, args):
         if RANKS > 1:
             join()
         main(args)
+        meet()  # none leaves before the first has written all
         if RANKS > 1:
-            dist.barrier()  # none leaves before the first has written all
             dist.destroy_process_group()
     except KeyboardInterrupt:  # before the first step; from there on signals are caught
         fail("interrupted; what was saved before is whole", 130)
@@ -128,19 +128,25 @@ def join():
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
+def meet():
+    """Wait until all processes are here."""
+    if RANKS > 1:
+        dist.barrier()
+
+
 def shard(model, recompute):
     """Move a model to the device; of several processes each keeps a share of it (FSDP2).
 
-    A layer is whole only while it runs (on CUDA in bf16), all else while a `sharded` function runs.
-    Gradients are summed over the processes. `recompute`: of a layer keep only what goes into it,
-    and run it again in the backward pass.
+    A layer is whole only while it runs (on CUDA in bf16: under autocast), all else while a
+    `sharded` function does. Gradients are summed over the processes. `recompute`: of a layer keep
+    only what goes into it, and run it again in the backward pass.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers if recompute else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 preserve_rng_state=False)
     for module in [*layers, model] if RANKS > 1 else ():
-        dtype = torch.bfloat16 if DEVICE.type == "cuda" and module is not model else None
+        dtype = torch.bfloat16 if autocast.keywords["enabled"] and module is not model else None
         fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
             dtype, torch.float32, cast_forward_inputs=False))
         module.set_gradient_divide_factor(1.0)
@@ -379,6 +385,8 @@ def optimizer_step(model, optimizer, lr, what):
 
 def open_run(args):
     """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
+    if RANK > 0:  # the first does it
+        return meet()
     given = {"script": os.path.basename(__file__), **vars(args)}
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
@@ -397,6 +405,7 @@ def open_run(args):
     changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
     if changed:
         fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
+    meet()
 
 
 def training_state(path, model, optimizer):
@@ -428,6 +437,8 @@ def training_state(path, model, optimizer):
 
 def cut_jsonl(path, step):
     """Cut a file of {"step": ...} rows after `step`: a killed run wrote more than it saved."""
+    if RANK > 0:  # the first does it
+        return meet()
     size = 0
     with open(path, "ab+") as f:  # makes an empty one at the first start
         f.seek(0)
@@ -437,9 +448,8 @@ def cut_jsonl(path, step):
                     size += len(line)
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
-    if RANK == 0:
-        os.truncate(path, size)
-    pooled(torch.zeros(1))  # none reads it before
+    os.truncate(path, size)
+    meet()
 
 
 def append_jsonl(path, rows):
@@ -567,22 +577,6 @@ def prefer(model, pairs, tokens=8192):
     return (first - second).masked_fill(equal, 0)
 
 
-@sharded
-def row_gaps(model, pairs):
-    """Relative difference (B,) of the hidden states of one row a pair and of one row a response."""
-    def hidden(ids, mask=None, positions=None):
-        return model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                use_cache=False).last_hidden_state[0]
-
-    gaps = []
-    for prompt, a, b in pairs:
-        ids, positions, _, visible, *_ = pack_pairs([(prompt, a, b)], model.device)
-        first, second = (hidden(torch.tensor([prompt + y], device=model.device)) for y in (a, b))
-        alone = torch.cat([first, second[len(prompt):]])
-        gaps.append((hidden(ids, visible, positions) - alone).norm() / alone.norm())
-    return torch.stack(gaps)
-
-
 @torch.no_grad()
 def choose_rows(model, pairs):
     """Use plain rows where the backbone's attention does not take the mask of one row a pair.
@@ -590,9 +584,19 @@ def choose_rows(model, pairs):
     It does if its hidden states of one row a pair are those of one row a response, on two pairs
     and on the longest, where a sliding window would show. The model's config keeps the choice.
     """
-    longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))
+    def hidden(ids, mask=None, positions=None):
+        return model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                use_cache=False).last_hidden_state[0]
+
+    longest, gaps = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:]))), []
     try:
-        gap = row_gaps(model, [*pairs[:2], longest]).max().item()  # NaN, if there is one
+        for prompt, a, b in [*pairs[:2], longest]:
+            ids, positions, _, visible, *_ = pack_pairs([(prompt, a, b)], model.device)
+            first, second = (hidden(torch.tensor([prompt + y], device=model.device))
+                             for y in (a, b))
+            alone = torch.cat([first, second[len(prompt):]])
+            gaps.append((hidden(ids, visible, positions) - alone).norm() / alone.norm())
+        gap = torch.stack(gaps).max().item()  # NaN, if there is one
     except Exception:  # the model takes no such mask
         gap = math.inf
     model.config.plain_rows = not gap <= 1e-3
@@ -618,8 +622,7 @@ def assess(model, pairs, tokens):
 
 def train(args):
     """Maximum likelihood on labelled pairs; stops where validation accuracy levels off."""
-    if RANK == 0:
-        open_run(args)
+    open_run(args)
     model, tokenizer = load_preference_model(args.model, args, args.kind)
     pairs, *validation = (
         load_pairs(path, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
@@ -631,8 +634,8 @@ def train(args):
         pairs, validation = pairs[:-held_out], pairs[-held_out:]
     else:
         fail(f"{args.data}: one pair cannot be split into training and validation")
+    choose_rows(model.to(DEVICE), pairs)
     shard(model, args.checkpoint_activations)
-    choose_rows(model, pairs)
     batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     save_path, best = f"{args.out}/checkpoint.safetensors", f"{args.out}/best"
@@ -685,7 +688,7 @@ def train(args):
                 fail(f"{signal.Signals(number).name}: saved step {done} to {save_path}; "
                      "--resume goes on", 128 + number)
     row = max(history, key=lambda row: row["validation/accuracy"])  # of equals the first
-    pooled(torch.zeros(1))  # none reads the best before it is written
+    meet()  # none reads the best before it is written
     model = load_preference_model(best, args)[0].to(DEVICE)
     found = {k: row[f"validation/{k}"] for k in ("accuracy", "ece", "order_disagreement")} | {
         "train_accuracy": assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"]}

@@ -106,8 +106,8 @@ def guard(main, args):
         if RANKS > 1:
             join()
         main(args)
+        meet()  # none leaves before the first has written all
         if RANKS > 1:
-            dist.barrier()  # none leaves before the first has written all
             dist.destroy_process_group()
     except KeyboardInterrupt:  # before the first step; from there on signals are caught
         fail("interrupted; what was saved before is whole", 130)
@@ -130,19 +130,25 @@ def join():
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
+def meet():
+    """Wait until all processes are here."""
+    if RANKS > 1:
+        dist.barrier()
+
+
 def shard(model, recompute):
     """Move a model to the device; of several processes each keeps a share of it (FSDP2).
 
-    A layer is whole only while it runs (on CUDA in bf16), all else while a `sharded` function runs.
-    Gradients are summed over the processes. `recompute`: of a layer keep only what goes into it,
-    and run it again in the backward pass.
+    A layer is whole only while it runs (on CUDA in bf16: under autocast), all else while a
+    `sharded` function does. Gradients are summed over the processes. `recompute`: of a layer keep
+    only what goes into it, and run it again in the backward pass.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers if recompute else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 preserve_rng_state=False)
     for module in [*layers, model] if RANKS > 1 else ():
-        dtype = torch.bfloat16 if DEVICE.type == "cuda" and module is not model else None
+        dtype = torch.bfloat16 if autocast.keywords["enabled"] and module is not model else None
         fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
             dtype, torch.float32, cast_forward_inputs=False))
         module.set_gradient_divide_factor(1.0)
@@ -516,6 +522,8 @@ def optimizer_step(model, optimizer, lr, what):
 # ---- run folder ----------------------------------------------------------------------------------
 def open_run(args):
     """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
+    if RANK > 0:  # the first does it
+        return meet()
     given = {"script": os.path.basename(__file__), **vars(args)}
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
@@ -534,6 +542,7 @@ def open_run(args):
     changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
     if changed:
         fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
+    meet()
 
 
 def training_state(path, model, optimizer):
@@ -565,6 +574,8 @@ def training_state(path, model, optimizer):
 
 def cut_jsonl(path, step):
     """Cut a file of {"step": ...} rows after `step`: a killed run wrote more than it saved."""
+    if RANK > 0:  # the first does it
+        return meet()
     size = 0
     with open(path, "ab+") as f:  # makes an empty one at the first start
         f.seek(0)
@@ -574,9 +585,8 @@ def cut_jsonl(path, step):
                     size += len(line)
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
-    if RANK == 0:
-        os.truncate(path, size)
-    pooled(torch.zeros(1))  # none reads it before
+    os.truncate(path, size)
+    meet()
 
 
 def append_jsonl(path, rows):
@@ -604,14 +614,13 @@ def save_model(folder, model, tokenizer):
 
 
 def main(args):
-    if RANK == 0:
-        open_run(args)
+    open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     reference = copy.deepcopy(policy).to(DEVICE) if args.gold else None
     actor = copy.deepcopy(reference) if RANKS > 1 else policy  # a whole model, to evaluate
+    logps_of = choose_logps(policy.to(DEVICE), pairs)
     shard(policy, args.checkpoint_activations)
-    logps_of = choose_logps(policy, pairs)
     loss_fn = partial(slic_loss, beta=args.beta, sft_weight=args.sft_weight)
     if args.gold:
         import gold_eval

@@ -53,7 +53,7 @@ SCALES = {
         proxy=TOY["proxy"] | dict(steps=200, lr=7e-4, warmup=20)),
     "toy": TOY,
     "gpu": dict(  # a night on one GPU of 80 GB, by estimate: no run of it was made
-        tasks=["helpful"], seeds=[0, 1, 2], sizes=[""], prompts=512,
+        tasks=["helpful"], seeds=[0, 1, 2], sizes=[""], pairs=43_000, prompts=512, windows=[4, 100],
         policy=["Qwen/Qwen2.5-0.5B"], golden="Qwen/Qwen2.5-1.5B",
         figures=["fig1", "fig4", "fig6", "fig7", "fig8"],
         lengths=dict(max_prompt_tokens=384, max_response_tokens=128),

@@ -178,7 +178,7 @@ def likelihood_step(name, args, policy, pairs):
     """A training step of sft.py, or of `reward.py train --kind pointwise`."""
     model, batches = policy, batches_of(args, pairs)
     if name == "reward":
-        model, _ = reward.load_preference_model(args.model, args, "pointwise")
+        model = reward.load_preference_model(args.model, args, "pointwise")[0].to(dpo.DEVICE)
     logps_of = dpo.choose_logps(policy, pairs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
@@ -242,7 +242,7 @@ def trl_step(args):
 
 def online_step(args, policy, pairs):
     """A whole step of online_rlhf.py, a fresh pairwise preference model as labeller."""
-    labeller, _ = reward.load_preference_model(args.model, args, "pairwise")
+    labeller = reward.load_preference_model(args.model, args, "pairwise")[0].to(dpo.DEVICE)
     reference, size = copy.deepcopy(policy), args.batch_size
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     logps_of = dpo.choose_logps(policy, pairs)
@@ -310,7 +310,7 @@ def generate(args, policy, tokenizer, pairs, varied):
 
 def evaluation(args, policy, tokenizer, pairs):
     """gold_eval.evaluate on --prompts prompts."""
-    gold, _ = reward.load_preference_model(args.model, args, "pairwise")
+    gold = reward.load_preference_model(args.model, args, "pairwise")[0].to(dpo.DEVICE)
     prompts = [x for x, _, _ in pairs[:args.prompts]]
     logps_of = gold_eval.choose_logps(policy, pairs)
     judge = gold_eval.Judge(
@@ -335,6 +335,7 @@ def measure(name, args):
             found = trl_step(args)
         else:
             policy, tokenizer = dpo.load_model(transformers.AutoModelForCausalLM, args.model, args)
+            policy.to(dpo.DEVICE)
             pairs = dpo.load_pairs(args.data, tokenizer, args.max_prompt_tokens,
                                    args.max_response_tokens)
             if name == "online":

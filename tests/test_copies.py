@@ -74,8 +74,8 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines; to raise one is a decision: first look for what can go
-    "dpo.py": 666, "ipo.py": 666, "slic.py": 673, "bo2.py": 625, "sft.py": 566,
-    "online_rlhf.py": 885, "reward.py": 732, "gold_eval.py": 570, "tasks.py": 448, "study.py": 550,
+    "dpo.py": 675, "ipo.py": 675, "slic.py": 682, "bo2.py": 634, "sft.py": 575,
+    "online_rlhf.py": 894, "reward.py": 735, "gold_eval.py": 570, "tasks.py": 448, "study.py": 550,
     "plots.py": 609}
 
 

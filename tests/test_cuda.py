@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_pairs, tiny
+from conftest import Fork, random_pairs, rows_of, script, tiny
+from test_faults import command
+from test_processes import start
 
 import dpo
 from gold_eval import autocast, sample
@@ -77,6 +79,21 @@ def test_a_model_that_takes_no_graph_leaves_the_stream(capsys):
     drawn = sample(model, [[3, 4, 5]], 2, 8, [1], torch.Generator().manual_seed(0))
     assert len(drawn) == 2 and torch.cuda.current_stream() == before
     assert "without CUDA graphs" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("name", ["dpo", "online_rlhf"])
+def test_several_gpus_train_what_one_does(toy, tmp_path, name):
+    """Ten steps on two GPUs (NCCL) and on one: losses within bf16's rounding."""
+    words = command(name, toy, f"{tmp_path}/1", steps=10, lr=1e-4, loss="dpo") if (
+        name == "online_rlhf") else command(name, toy, f"{tmp_path}/1", steps=10, lr=1e-4)
+    Fork(tmp_path, script, *words).succeed()
+    words[words.index("--out") + 1] = f"{tmp_path}/2"
+    for fork in start(tmp_path, 2, words):
+        fork.succeed()
+    one, two = (rows_of(f"{tmp_path}/{n}/metrics.jsonl") for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
 
 
 def test_evaluation_is_in_fp32():

@@ -5,11 +5,13 @@
 
 import importlib
 import sys
+from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, Fork, rows_of, same_weights, script, tiny
+from conftest import ROOT, Fork, random_pairs, rows_of, same_weights, script, tiny
+from safetensors.torch import load_file, save_file
 from test_faults import command
 from test_processes import start
 from test_scripts import timeless
@@ -127,6 +129,39 @@ def test_what_is_trained_is_shared_out(tmp_path):
     held = [int(err.split()[-1]) for *_, err in ends]
     assert sum(held) == 16 * sum(w.numel() for w in model.parameters())
     assert held[0] == held[1]
+
+
+def logps_and_gradient(folder):
+    """Write what a process of a sharded model in bf16 finds, as on CUDA, or one process."""
+    importlib.reload(dpo)
+    dpo.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=True)
+    if dpo.RANKS > 1:
+        dpo.join()
+    model = dpo.shard(transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), False)
+    pairs = random_pairs(8)
+    with dpo.autocast():
+        logps = dpo.pair_logps(model, pairs[dpo.RANK::dpo.RANKS])
+    logps.sum().backward()
+    gradient = torch.cat([dpo.whole(w.grad).flatten() for w in model.parameters()])
+    found = torch.zeros(2, 8)
+    found[:, dpo.RANK::dpo.RANKS] = logps.detach()
+    if dpo.pooled(found) is found and dpo.RANK == 0:
+        save_file({"logps": found, "gradient": gradient}, f"{folder}/{dpo.RANKS}")
+    if dpo.RANKS > 1:
+        dpo.dist.barrier()
+        dpo.dist.destroy_process_group()
+
+
+def test_sharded_in_bf16(tmp_path):
+    """Layers gathered in bf16, as on CUDA, under autocast: one process's, but for rounding."""
+    tiny().save_pretrained(tmp_path)
+    Fork(tmp_path, logps_and_gradient, str(tmp_path)).succeed()
+    for fork in start(tmp_path, 2, [str(tmp_path)], logps_and_gradient):
+        fork.succeed()
+    one, two = (load_file(f"{tmp_path}/{ranks}") for ranks in (1, 2))
+    assert (one["logps"] - two["logps"]).abs().max() < 0.02 * one["logps"].abs().max()
+    assert torch.cosine_similarity(one["gradient"], two["gradient"], dim=0) > 0.999
+    assert two["gradient"].norm() == pytest.approx(one["gradient"].norm(), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["dpo", "online_rlhf", "reward"])
