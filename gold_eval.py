@@ -40,6 +40,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from reward import (
     DEVICE,
     RANK,
+    RANKS,
     autocast,
     fail,
     guard,
@@ -334,7 +335,7 @@ def choose_logps(model, pairs):
         worst = torch.stack(gaps).max().item()  # NaN, if there is one
     except Exception as e:  # the model takes no such mask
         worst = type(e).__name__
-    if isinstance(worst, float) and worst < 1e-4:
+    if pooled(torch.tensor(int(isinstance(worst, float) and worst < 1e-4))) == RANKS:  # all agree
         return pair_logps
     print(f"this model does not take one row a pair (gap {worst}): using plain rows")
     return plain_logps

@@ -121,7 +121,8 @@ def join():
     """Meet the other processes of torchrun; what all of them print is printed by the first."""
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(hours=1))  # the first may be long in writing
+    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=1))  # the first may be long in writing
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
@@ -138,20 +139,23 @@ def shard(model, recompute):
     `sharded` function does. Gradients are summed over the processes. `recompute`: of a layer keep
     only what goes into it, and run it again in the backward pass.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][::-1]
     for layer in layers if recompute else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 preserve_rng_state=False)
-    for module in [*layers, model] if RANKS > 1 else ():
+    if RANKS == 1:
+        return model.to(DEVICE)
+    mesh = dist.init_device_mesh(DEVICE.type, (RANKS,))
+    for module in [*layers, model]:  # what is inside another comes first
         dtype = torch.bfloat16 if autocast.keywords["enabled"] and module is not model else None
-        fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
-            dtype, torch.float32, cast_forward_inputs=False))
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
+                         mp_policy=fsdp.MixedPrecisionPolicy(
+                             dtype, torch.float32, cast_forward_inputs=False))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    if RANKS > 1:
-        model.run = lambda function, rows: function(model, rows)
-        fsdp.register_fsdp_forward_method(model, "run")
-    return model.to(DEVICE)
+    model.run = lambda call: call()
+    fsdp.register_fsdp_forward_method(model, "run")
+    return model
 
 
 def sharded(function):
@@ -161,8 +165,8 @@ def sharded(function):
     """
     @wraps(function)
     def run(model, rows):
-        call = partial(model.run, function) if hasattr(model, "run") else partial(function, model)
-        return call(rows or [([0], [0], [0])])[..., :len(rows)]
+        call = partial(function, model, rows or [([0], [0], [0])])
+        return (model.run(call) if hasattr(model, "run") else call())[..., :len(rows)]
     return run if RANKS > 1 else function
 
 
@@ -315,7 +319,8 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     groups, group, real_tokens = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
         real_tokens += lengths[i]
-        most = min(tokens // lengths[i] * lengths[i] * ranks, real_tokens / (1 - padding))
+        fits = max(tokens // lengths[i], 1) * ranks  # rows of this length
+        most = min(fits * lengths[i], real_tokens / (1 - padding))
         if not group or (len(group) + 1) * lengths[i] > most:
             group, real_tokens = [], lengths[i]
             groups.append(group)
@@ -430,7 +435,7 @@ def choose_logps(model, pairs):
         worst = torch.stack(gaps).max().item()  # NaN, if there is one
     except Exception as e:  # the model takes no such mask
         worst = type(e).__name__
-    if isinstance(worst, float) and worst < 1e-4:
+    if pooled(torch.tensor(int(isinstance(worst, float) and worst < 1e-4))) == RANKS:  # all agree
         return pair_logps
     print(f"this model does not take one row a pair (gap {worst}): using plain rows")
     return plain_logps
@@ -462,7 +467,8 @@ def reference_logps(out, model, logps_of, pairs, batches, tokens):
     They are kept beside the run folder `out`, under a hash of all that they depend on, for a
     resumed run or the next of a sweep. Rows that no batch holds are NaN.
     """
-    given = f"{model.config} {DEVICE} {logps_of.__name__} {tokens} {batches} {pairs} {RANKS}"
+    given = f"{model.config} {DEVICE} {logps_of.__name__} {tokens} {batches} {pairs}"
+    given += f" {RANKS}" if RANKS > 1 else ""
     digest = hashlib.sha256(given.encode())
     for weight in model.parameters():
         digest.update(whole(weight.detach()).cpu().numpy().data)
@@ -533,7 +539,7 @@ def open_run(args):
     elif not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
     (_, started), = read_jsonl(f"{args.out}/args.json")
-    free = {"resume", "out", "save_every", "tokens_per_microbatch"}
+    free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
     changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
     if changed:
         fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
@@ -598,13 +604,15 @@ def save_checkpoint(path, state, done):
     if RANK == 0:
         save_file(tensors, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)  # swapped in whole
+    meet()  # an end of another would end the first, who writes
 
 
 def save_model(folder, model, tokenizer):
     """Write a plain Hugging Face folder; of several processes the first writes."""
-    weights = gathered(dict(model.named_parameters())) if RANKS > 1 else None
+    state = {k: v for k, v in model.state_dict().items() if not isinstance(v, DTensor)}
+    weights = gathered(dict(model.named_parameters()) | state)  # what is tied comes once
     if RANK == 0:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights if RANKS > 1 else None)
         tokenizer.save_pretrained(folder)
 
 
@@ -612,15 +620,15 @@ def main(args):
     open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    reference = copy.deepcopy(policy).to(DEVICE) if args.gold else None
-    actor = copy.deepcopy(reference) if RANKS > 1 else policy  # a whole model, to evaluate
+    reference = copy.deepcopy(policy) if args.gold else None
     logps_of = choose_logps(policy.to(DEVICE), pairs)
     shard(policy, args.checkpoint_activations)
     loss_fn = partial(ipo_loss, beta=args.beta)
     if args.gold:
         import gold_eval
-        judge = gold_eval.load_judge(args, args.eval_data or args.data, reference, tokenizer,
-                                     logps_of)
+        judge = gold_eval.load_judge(args, args.eval_data or args.data, reference.to(DEVICE),
+                                     tokenizer, logps_of)
+    actor = copy.deepcopy(reference) if RANKS > 1 else policy  # a whole model, to evaluate
     window = 1 if args.order == "kept" else args.shuffle_window
     batches = make_batches(args.steps, args.batch_size, len(pairs), window, args.seed)
     with autocast():

@@ -126,7 +126,8 @@ def join():
     """Meet the other processes of torchrun; what all of them print is printed by the first."""
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(hours=1))  # the first may be long in writing
+    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=1))  # the first may be long in writing
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
@@ -143,20 +144,23 @@ def shard(model, recompute):
     `sharded` function does. Gradients are summed over the processes. `recompute`: of a layer keep
     only what goes into it, and run it again in the backward pass.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][::-1]
     for layer in layers if recompute else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 preserve_rng_state=False)
-    for module in [*layers, model] if RANKS > 1 else ():
+    if RANKS == 1:
+        return model.to(DEVICE)
+    mesh = dist.init_device_mesh(DEVICE.type, (RANKS,))
+    for module in [*layers, model]:  # what is inside another comes first
         dtype = torch.bfloat16 if autocast.keywords["enabled"] and module is not model else None
-        fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
-            dtype, torch.float32, cast_forward_inputs=False))
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
+                         mp_policy=fsdp.MixedPrecisionPolicy(
+                             dtype, torch.float32, cast_forward_inputs=False))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    if RANKS > 1:
-        model.run = lambda function, rows: function(model, rows)
-        fsdp.register_fsdp_forward_method(model, "run")
-    return model.to(DEVICE)
+    model.run = lambda call: call()
+    fsdp.register_fsdp_forward_method(model, "run")
+    return model
 
 
 def sharded(function):
@@ -166,8 +170,8 @@ def sharded(function):
     """
     @wraps(function)
     def run(model, rows):
-        call = partial(model.run, function) if hasattr(model, "run") else partial(function, model)
-        return call(rows or [([0], [0], [0])])[..., :len(rows)]
+        call = partial(function, model, rows or [([0], [0], [0])])
+        return (model.run(call) if hasattr(model, "run") else call())[..., :len(rows)]
     return run if RANKS > 1 else function
 
 
@@ -320,7 +324,8 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     groups, group, real_tokens = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
         real_tokens += lengths[i]
-        most = min(tokens // lengths[i] * lengths[i] * ranks, real_tokens / (1 - padding))
+        fits = max(tokens // lengths[i], 1) * ranks  # rows of this length
+        most = min(fits * lengths[i], real_tokens / (1 - padding))
         if not group or (len(group) + 1) * lengths[i] > most:
             group, real_tokens = [], lengths[i]
             groups.append(group)
@@ -435,7 +440,7 @@ def choose_logps(model, pairs):
         worst = torch.stack(gaps).max().item()  # NaN, if there is one
     except Exception as e:  # the model takes no such mask
         worst = type(e).__name__
-    if isinstance(worst, float) and worst < 1e-4:
+    if pooled(torch.tensor(int(isinstance(worst, float) and worst < 1e-4))) == RANKS:  # all agree
         return pair_logps
     print(f"this model does not take one row a pair (gap {worst}): using plain rows")
     return plain_logps
@@ -733,7 +738,7 @@ def open_run(args):
     elif not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
     (_, started), = read_jsonl(f"{args.out}/args.json")
-    free = {"resume", "out", "save_every", "tokens_per_microbatch"}
+    free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
     changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
     if changed:
         fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
@@ -798,13 +803,15 @@ def save_checkpoint(path, state, done):
     if RANK == 0:
         save_file(tensors, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)  # swapped in whole
+    meet()  # an end of another would end the first, who writes
 
 
 def save_model(folder, model, tokenizer):
     """Write a plain Hugging Face folder; of several processes the first writes."""
-    weights = gathered(dict(model.named_parameters())) if RANKS > 1 else None
+    state = {k: v for k, v in model.state_dict().items() if not isinstance(v, DTensor)}
+    weights = gathered(dict(model.named_parameters()) | state)  # what is tied comes once
     if RANK == 0:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights if RANKS > 1 else None)
         tokenizer.save_pretrained(folder)
 
 
@@ -812,11 +819,12 @@ def main(args):
     open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     data = load_pairs(args.prompts, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    place = (lambda model: model.to(DEVICE)) if args.gold else halve  # evaluation needs fp32
-    reference = place(copy.deepcopy(policy)) if args.gold or args.loss != "bo2" else None
-    actor = place(copy.deepcopy(policy)) if RANKS > 1 else policy  # a whole model, to sample from
+    reference = copy.deepcopy(policy) if args.gold or args.loss != "bo2" else None
+    actor = copy.deepcopy(policy) if RANKS > 1 else policy  # a whole model, to sample from
     logps_of, ends = choose_logps(policy.to(DEVICE), data), end_ids(policy, tokenizer)
     shard(policy, args.checkpoint_activations)
+    for model in {reference, actor} - {policy, None}:
+        model.to(DEVICE) if args.gold else halve(model)  # evaluation needs fp32
     labeller = load_labeller(args.labeller, tokenizer, args)
     if args.gold:
         import gold_eval

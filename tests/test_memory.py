@@ -6,6 +6,7 @@
 import importlib
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def memory(config, devices, online, tokens, recompute):
     kept += recompute * tokens * layer_bytes(config, False) + 12 * (1 << 26)  # one layer; logits
     width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     cache = 8 * tokens * layers * 4 * width + 2 * count * (devices == 1) if online else 0
-    return 12 * count / devices + frozen + max(4 * count / devices + gathered + kept, cache)
+    found = 12 * count / devices + frozen + max(4 * count / devices + gathered + kept, cache)
+    return max(found, 4 * count + kept / layers)  # at the start all is there in fp32, to be tried
 
 
 def table():
@@ -108,20 +110,23 @@ def held_after_a_step(folder):
     """Print the bytes of weights, gradients and moments that this process holds."""
     importlib.reload(dpo)  # it is one of several now
     dpo.join()
-    model = dpo.shard(transformers.AutoModelForCausalLM.from_pretrained(folder), True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.register_buffer("kept", torch.tensor(3.0))
+    dpo.shard(model, True)
     optimizer = torch.optim.AdamW(model.parameters())
     dpo.training_state("", model, optimizer)
     dpo.plain_logps(model, [([5, 6], [7], [8])]).sum().backward()
     optimizer.step()
     held = [x for w in model.parameters() for x in (
         w, w.grad, optimizer.state[w]["exp_avg"], optimizer.state[w]["exp_avg_sq"])]
+    dpo.save_model(f"{folder}/saved", model, SimpleNamespace(save_pretrained=lambda folder: None))
     print(sum(x.to_local().nbytes for x in held), file=sys.stderr)
     dpo.dist.barrier()
     dpo.dist.destroy_process_group()
 
 
 def test_what_is_trained_is_shared_out(tmp_path):
-    """16 bytes a parameter over the processes."""
+    """16 bytes a parameter over the processes; what is saved is whole, buffers too."""
     model = tiny()
     model.save_pretrained(tmp_path)
     ends = [fork.end() for fork in start(tmp_path, 2, [str(tmp_path)], held_after_a_step)]
@@ -129,6 +134,10 @@ def test_what_is_trained_is_shared_out(tmp_path):
     held = [int(err.split()[-1]) for *_, err in ends]
     assert sum(held) == 16 * sum(w.numel() for w in model.parameters())
     assert held[0] == held[1]
+    before, saved = (load_file(f"{folder}/model.safetensors")
+                     for folder in (tmp_path, f"{tmp_path}/saved"))
+    assert saved.pop("kept") == 3 and saved.keys() == before.keys()
+    assert all(saved[name].shape == before[name].shape for name in saved)
 
 
 def logps_and_gradient(folder):
@@ -155,9 +164,9 @@ def logps_and_gradient(folder):
 def test_sharded_in_bf16(tmp_path):
     """Layers gathered in bf16, as on CUDA, under autocast: one process's, but for rounding."""
     tiny().save_pretrained(tmp_path)
-    Fork(tmp_path, logps_and_gradient, str(tmp_path)).succeed()
-    for fork in start(tmp_path, 2, [str(tmp_path)], logps_and_gradient):
-        fork.succeed()
+    for ranks in (1, 2):
+        for fork in start(tmp_path, ranks, [str(tmp_path)], logps_and_gradient):
+            fork.succeed()
     one, two = (load_file(f"{tmp_path}/{ranks}") for ranks in (1, 2))
     assert (one["logps"] - two["logps"]).abs().max() < 0.02 * one["logps"].abs().max()
     assert torch.cosine_similarity(one["gradient"], two["gradient"], dim=0) > 0.999

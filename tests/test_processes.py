@@ -22,13 +22,14 @@ SCRIPTS = ["dpo", "online_rlhf", "reward"] if not LONG else [
     "sft", "reward", "dpo", "ipo", "slic", "bo2", "online_rlhf"]
 
 
-def one_rank(rank, ranks, port, target, *words):
+def one_rank(rank, ranks, port, gpus, target, *words):
+    os.environ |= {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     target(*words)
 
 
-def start(folder, ranks, words, target=script):
+def start(folder, ranks, words, target=script, gpus=False):
     """The processes of a run, as torchrun starts them."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -36,7 +37,7 @@ def start(folder, ranks, words, target=script):
     folders = [folder / f"rank{rank}-{time.monotonic_ns()}" for rank in range(ranks)]
     for path in folders:
         path.mkdir()
-    return [Fork(path, one_rank, rank, ranks, port, target, *words)
+    return [Fork(path, one_rank, rank, ranks, port, gpus, target, *words)
             for rank, path in enumerate(folders)]
 
 
@@ -61,7 +62,7 @@ def close(out, whole, loss=1e-5, weight=1e-4):
 def test_as_one_process(toy, tmp_path, name):
     """20 steps on 2 and 4 processes are those of one, and so is what an online run samples."""
     short = dict(steps=20, tokens_per_microbatch=400, **{"loss": "dpo"} if "online" in name else {})
-    Fork(tmp_path, script, *command(name, toy, f"{tmp_path}/1", **short)).succeed()
+    run(tmp_path, 1, command(name, toy, f"{tmp_path}/1", **short))
     for ranks in (2, 4) if LONG else (2,):
         run(tmp_path, ranks, command(name, toy, f"{tmp_path}/{ranks}", **short))
         print(name, ranks, close(f"{tmp_path}/{ranks}", f"{tmp_path}/1"))
@@ -73,7 +74,7 @@ def test_as_one_process(toy, tmp_path, name):
 def test_odd_shares(toy, tmp_path):
     """Three pairs a step, long and short, on 2 or 4 processes: some have none, none waits."""
     short = dict(steps=20, batch_size=3, tokens_per_microbatch=150)
-    Fork(tmp_path, script, *command("dpo", toy, f"{tmp_path}/1", **short)).succeed()
+    run(tmp_path, 1, command("dpo", toy, f"{tmp_path}/1", **short))
     for ranks in (2, 4) if LONG else (2,):
         run(tmp_path, ranks, command("dpo", toy, f"{tmp_path}/{ranks}", **short))
         print(ranks, close(f"{tmp_path}/{ranks}", f"{tmp_path}/1"))
@@ -103,7 +104,7 @@ def test_micro_batches_are_dealt(ranks, monkeypatch):
 def test_evaluation_as_one_process(toy, tmp_path):
     """Each process samples and judges its share of the prompts: the numbers of one process."""
     short = dict(steps=4, eval_every=2, gold=f"{toy}/gold", baseline=f"{toy}/baseline.jsonl")
-    Fork(tmp_path, script, *command("dpo", toy, f"{tmp_path}/1", **short)).succeed()
+    run(tmp_path, 1, command("dpo", toy, f"{tmp_path}/1", **short))
     run(tmp_path, 3, command("dpo", toy, f"{tmp_path}/3", **short))
     one, three = (rows_of(f"{tmp_path}/{n}/metrics.jsonl") for n in (1, 3))
     for a, b in zip(one, three, strict=True):
@@ -124,7 +125,7 @@ def test_labels_samples_and_judgements(toy, tmp_path, words):
     words = [f"{ROOT}/{words[0]}", *(
         f"{toy}/{w}" if os.path.exists(f"{toy}/{w}") else w for w in words[1:]),
         "--max-prompt-tokens", "32", "--max-response-tokens", "40", "--out"]
-    Fork(tmp_path, script, *words, f"{tmp_path}/one").succeed()
+    run(tmp_path, 1, [*words, f"{tmp_path}/one"])
     run(tmp_path, 2, [*words, f"{tmp_path}/two"])
     one, two = (rows_of(f"{tmp_path}/{name}") for name in ("one", "two"))
     assert one == two if "judge" not in words else one[0] == pytest.approx(two[0], abs=1e-5)
@@ -146,7 +147,7 @@ def test_families(tmp_path, family):
     words[words.index("--data") + 1] = f"{tmp_path}/pairs.jsonl"
     at = words.index("--out") + 1
     words[at] = f"{tmp_path}/1"
-    Fork(tmp_path, script, *words).succeed()
+    run(tmp_path, 1, words)
     words[at] = f"{tmp_path}/2"
     run(tmp_path, 2, words)
     print(family, close(f"{tmp_path}/2", f"{tmp_path}/1"))
@@ -157,7 +158,7 @@ def test_resumed_on_other_numbers_of_processes(toy, tmp_path, name):
     """2 processes, then 4, then 1: a signal to one of them stops all, and loses nothing."""
     short = dict(steps=30, save_every=1000, **{"loss": "dpo"} if "online" in name else {})
     out, whole = f"{tmp_path}/r", f"{tmp_path}/whole"
-    Fork(tmp_path, script, *command(name, toy, whole, **short)).succeed()
+    run(tmp_path, 1, command(name, toy, whole, **short))
     for ranks, steps in (2, 5), (4, 15):
         forks = start(tmp_path, ranks, command(name, toy, out, resume=True, **short))
         while not os.path.exists(f"{out}/metrics.jsonl") or len(
@@ -168,7 +169,7 @@ def test_resumed_on_other_numbers_of_processes(toy, tmp_path, name):
         ends = [fork.end() for fork in forks]
         assert all(status == 128 + signal.SIGTERM for status, _, _ in ends)
         assert "SIGTERM: saved step" in ends[0][2] and not any(err for *_, err in ends[1:])
-    Fork(tmp_path, script, *command(name, toy, out, resume=True, **short)).succeed()
+    run(tmp_path, 1, command(name, toy, out, resume=True, **short))
     print(name, close(out, whole))
     assert [row["step"] for row in rows_of(f"{out}/metrics.jsonl")] == [*range(1, 31)]
     if name == "online_rlhf":
@@ -211,7 +212,7 @@ def test_torchrun(toy, tmp_path):
         time.sleep(0.1)
     children = subprocess.run(["ps", "--ppid", str(run.pid), "-o", "pid="], check=True,
                               capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    os.kill(int(children[-1]), signal.SIGKILL)  # not the first, which speaks for all
     began = time.monotonic()
     assert run.wait() != 0 and time.monotonic() - began < 60
     assert "another process of the run has ended" in run.stderr.read()
