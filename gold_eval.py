@@ -235,12 +235,15 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     eighth of what training keeps of it), 32 times elsewhere. Rows that have ended leave the batch:
     at once, or, with `static` shapes (on CUDA), when they are half of it. The noise of every (row,
     position) is drawn beforehand: neither the grouping nor the leaving changes what a row draws.
+    Of several generators each draws that of an equal share of the prompts.
     Each of several processes samples its share, with a whole model; all get all.
     """
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
     slots = tokens * (8 if static else 32)
-    noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
+    generators = generator if isinstance(generator, list) else [generator]
+    noise = torch.cat([torch.rand(count // len(generators), max_tokens, generator=g,
+                                  dtype=torch.float64) for g in generators]).to(device)
     drawn = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
     lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
     for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,

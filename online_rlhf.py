@@ -9,6 +9,8 @@
 With the proxy as labeller this is the paper's online run, with the golden model its golden policy.
 stream.jsonl records D_online: the token ids of every batch in order, exactly as sampled and trained
 on. An offline script with --data stream.jsonl --order kept repeats the run bit for bit on CPU.
+Between online and offline, --refresh-every K samples the responses of K steps at once, from the
+policy before the first of them (semi-online, arXiv:2506.21495); K = --steps is offline on SFT.
 Two equal samples carry no preference: the pair stays in its batch, where its contrastive gradient
 is zero, and is counted (`ties`). Shapes: B pairs, T tokens a row, N response tokens, V vocabulary.
 
@@ -63,6 +65,8 @@ def parse_args(argv=None):
     p.add_argument("--loss", choices=["ipo", "dpo", "slic", "bo2"], default="ipo",
                    help="as in the script of that name")
     p.add_argument("--out", required=True, help="run folder to write")
+    p.add_argument("--refresh-every", type=int, default=1,
+                   help="steps whose responses are sampled at once, by the policy before the first")
     p.add_argument("--steps", type=int, default=4000, help="gradient steps")
     p.add_argument("--batch-size", type=int, default=32, help="prompts (one pair each) a step")
     p.add_argument("--lr", type=float, default=1e-5, help="learning rate, constant after warm-up")
@@ -628,12 +632,15 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     eighth of what training keeps of it), 32 times elsewhere. Rows that have ended leave the batch:
     at once, or, with `static` shapes (on CUDA), when they are half of it. The noise of every (row,
     position) is drawn beforehand: neither the grouping nor the leaving changes what a row draws.
+    Of several generators each draws that of an equal share of the prompts.
     Each of several processes samples its share, with a whole model; all get all.
     """
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
     slots = tokens * (8 if static else 32)
-    noise = torch.rand(count, max_tokens, generator=generator, dtype=torch.float64).to(device)
+    generators = generator if isinstance(generator, list) else [generator]
+    noise = torch.cat([torch.rand(count // len(generators), max_tokens, generator=g,
+                                  dtype=torch.float64) for g in generators]).to(device)
     drawn = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
     lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
     for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
@@ -837,8 +844,11 @@ def main(args):
     save_path = f"{args.out}/checkpoint.safetensors"
     state = training_state(save_path, policy, optimizer)
     start = int(state["done"])
-    for name in ("metrics", "samples", "stream"):
+    for name in ("metrics", "samples"):
         cut_jsonl(f"{args.out}/{name}.jsonl", start or -1)
+    stream = f"{args.out}/stream.jsonl"
+    cut_jsonl(stream, -(-start // args.refresh_every) * args.refresh_every)  # a window stays whole
+    waiting = [row for _, row in read_jsonl(stream) if row["step"] > start]
     if args.gold and not start:  # where training starts from: KL 0, accuracies 1/2
         metrics = {"step": 0, **gold_eval.evaluate_run(actor, judge, args.out, 0)}
         append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
@@ -849,18 +859,22 @@ def main(args):
                disable=RANK > 0 or None)
     for step in bar:
         done, began, rows = step + 1, time.perf_counter(), batches[step]
-        prompts = [data[i][0] for i in rows]
-        noise = torch.Generator().manual_seed((args.seed + 1 << 32) + step)  # of this step alone
-        with autocast():  # around all tokens, so that the weights are cast once
-            responses = sample(refresh(actor, policy), prompts, 2, args.max_response_tokens, ends,
-                               noise, len(tokenizer), args.tokens_per_microbatch)
-        batch_pairs = list(zip(prompts, responses[::2], responses[1::2], strict=True))
-        margins = prefer(labeller, batch_pairs, args.tokens_per_microbatch).tolist()
-        batch_pairs = [(x, a, b) if margin >= 0 else (x, b, a)
-                       for (x, a, b), margin in zip(batch_pairs, margins, strict=True)]
-        append_jsonl(f"{args.out}/stream.jsonl", [
-            {"step": done, "prompt_ids": x, "chosen_ids": chosen, "rejected_ids": rejected}
-            for x, chosen, rejected in batch_pairs])
+        if step % args.refresh_every == 0:  # sample and label the batches of so many steps
+            window = range(step, min(step + args.refresh_every, args.steps))
+            prompts = [data[i][0] for s in window for i in batches[s]]
+            noise = [torch.Generator().manual_seed((args.seed + 1 << 32) + s) for s in window]
+            with autocast():  # around all tokens, so that the weights are cast once
+                responses = sample(refresh(actor, policy), prompts, 2, args.max_response_tokens,
+                                   ends, noise, len(tokenizer), args.tokens_per_microbatch)
+            sampled = list(zip(prompts, responses[::2], responses[1::2], strict=True))
+            margins = prefer(labeller, sampled, args.tokens_per_microbatch).tolist()
+            waiting = [{"step": step + 1 + i // len(rows), "prompt_ids": x,
+                        "chosen_ids": a if margin >= 0 else b,
+                        "rejected_ids": b if margin >= 0 else a, "margin": abs(margin)}
+                       for i, ((x, a, b), margin) in enumerate(zip(sampled, margins, strict=True))]
+            append_jsonl(stream, waiting)
+        batch, waiting = waiting[:len(rows)], waiting[len(rows):]
+        batch_pairs = [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in batch]
         ties = sum(chosen == rejected for _, chosen, rejected in batch_pairs)
         ref_logps, beta = torch.zeros(2, len(rows)), None
         if args.loss == "bo2":
@@ -876,7 +890,7 @@ def main(args):
         tokens_per_s = sum(map(len, sum(batch_pairs, ()))) / (time.perf_counter() - began)
         metrics = {"step": done, **metrics, "grad_norm": grad_norm, "lr": lr,
                    "tokens_per_s": round(tokens_per_s), "ties": ties,
-                   "labeller_margin": sum(map(abs, margins)) / len(margins)}
+                   "labeller_margin": sum(row["margin"] for row in batch) / len(batch)}
         if args.gold and (done % args.eval_every == 0 or done == args.steps):
             metrics |= gold_eval.evaluate_run(refresh(actor, policy), judge, args.out, done)
         append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
