@@ -604,7 +604,7 @@ def save_checkpoint(path, state, done):
     if RANK == 0:
         save_file(tensors, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)  # swapped in whole
-    meet()  # an end of another would end the first, who writes
+    meet()  # were another to end now, torchrun would end the first while it writes
 
 
 def save_model(folder, model, tokenizer):

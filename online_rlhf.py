@@ -10,7 +10,8 @@ With the proxy as labeller this is the paper's online run, with the golden model
 stream.jsonl records D_online: the token ids of every batch in order, exactly as sampled and trained
 on. An offline script with --data stream.jsonl --order kept repeats the run bit for bit on CPU.
 Between online and offline, --refresh-every K samples the responses of K steps at once, from the
-policy before the first of them (semi-online, arXiv:2506.21495); K = --steps is offline on SFT.
+policy before the first of them (semi-online, arXiv:2506.21495). K = --steps is offline, on the
+starting policy's own responses.
 Two equal samples carry no preference: the pair stays in its batch, where its contrastive gradient
 is zero, and is counted (`ties`). Shapes: B pairs, T tokens a row, N response tokens, V vocabulary.
 
@@ -810,7 +811,7 @@ def save_checkpoint(path, state, done):
     if RANK == 0:
         save_file(tensors, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)  # swapped in whole
-    meet()  # an end of another would end the first, who writes
+    meet()  # were another to end now, torchrun would end the first while it writes
 
 
 def save_model(folder, model, tokenizer):

@@ -119,8 +119,7 @@ def scale_of(args):
     short = dict(steps=args.steps, batch_size=2)
     return scale if not args.steps else scale | dict(
         seeds=[0], betas=[scale["beta"]], steps=args.steps, long=args.steps, prompts=4,
-        evaluations=1,
-        train=scale["train"] | dict(batch_size=2),
+        evaluations=1, train=scale["train"] | dict(batch_size=2),
         **{kind: scale[kind] | short for kind in ("sft", "gold", "proxy")})
 
 

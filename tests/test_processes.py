@@ -103,6 +103,10 @@ def test_micro_batches_are_dealt(ranks, monkeypatch):
                    for share in shares for group in share if group)
         alone = dpo.micro_batches(rows, 1200, ranks=1)
         assert len(shares[0]) <= len(alone)  # one process computes what several do at once
+    for rank in range(ranks):  # rows that are longer than all tokens: one for each process
+        monkeypatch.setattr(dpo, "RANK", rank)
+        shares = dpo.micro_batches([[[0] * 9]] * 2 * ranks, 5, ranks=ranks)
+        assert shares == [[rank], [ranks + rank]]
 
 
 def test_evaluation_as_one_process(toy, tmp_path):

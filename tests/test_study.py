@@ -286,8 +286,22 @@ def test_sources_of_runs(tmp_path):
     assert plots.legend(groups[0], groups[:1]) == "online"
 
 
+def test_gpu_scale_lists_its_hours_and_rehearses(capsys):
+    study.main(args_of("--scale", "gpu", "--list"))
+    *commands, total = capsys.readouterr().out.splitlines()
+    each = [float(line.split("# about ")[1].split()[0]) for line in commands]
+    assert abs(sum(each) - int(total.split()[2])) < 0.05 * len(each) + 1
+    stages, _ = study.experiments(args_of("--scale", "gpu", "--steps", "3", "--policy", "a"))
+    assert {study.value_of(words, "--steps", "3") for words in stages.values()} == {"3"}
+    assert {study.value_of(words, "--batch-size", "2") for words in stages.values()} == {"2"}
+    assert study.value_of(stages["runs/gpu/sft/final"], "--model") == "a"
+    with pytest.raises(SystemExit) as end:
+        study.main(args_of("--scale", "gpu", "--policy", "a", "b"))
+    assert end.value.code == 2 and "gpu needs 1" in capsys.readouterr().err
+
+
 def test_readme_commands_parse_and_paths_exist():
-    """Every `python script.py ...` in README parses, and every file it links is there."""
+    """Every command of a script in README parses, and every file it links is there."""
     import re
 
     text = (ROOT / "README.md").read_text()
@@ -295,7 +309,8 @@ def test_readme_commands_parse_and_paths_exist():
         text = text.replace(f'"${{{name}[@]}}"', " ".join(words.split()))  # a shell's array
     commands = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
                 for line in block.replace("\\\n", " ").split("\n")
-                for line in line.split(" && ") if line.strip().startswith("python ")]
+                for line in re.sub(r"^torchrun .*?(\w+\.py)", r"python \1", line).split(" && ")
+                if line.strip().startswith("python ")]
     assert len(commands) >= 8
     for command in commands:
         if command.startswith("python -c"):  # over several lines: run below
