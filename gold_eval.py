@@ -11,7 +11,8 @@ gold/kl               KL(policy, reference) in nats a response: the exact KL of 
 gold/accuracy_golden  share of D_golden pairs on which h > 0, h as in dpo.py (appendix E)
 gold/accuracy_self    the same on pairs of the policy's own samples, labelled by the golden model
 gold/chosen_logratio  mean log pi(y_w|x) - log ref(y_w|x) on D_golden (figure 8)
-Each comes with its standard error (.._se).
+Each comes with its standard error (.._se); `outcomes` has a digit a prompt: 2 the policy's response
+wins, 1 a tie, 0 the baseline's wins.
 
 `sample` writes responses to the first distinct prompts of --data (a baseline), or, with --other and
 --gold, a pair for each of its first rows, sampled from two policies, labelled by the golden model
@@ -443,7 +444,7 @@ def mean_se(name, values):
 
 
 def evaluate(policy, judge):
-    """Judge a policy: ({"gold/...": number}, 256 samples). The same noise at every call."""
+    """Judge a policy: ({"gold/...": number, "outcomes"}, 256 samples). Always the same noise."""
     generator = torch.Generator().manual_seed(judge.seed)
     draw = partial(sample, policy, max_tokens=judge.max_tokens, ends=judge.ends,
                    generator=generator, known=len(judge.tokenizer), tokens=judge.tokens)
@@ -454,7 +455,8 @@ def evaluate(policy, judge):
 
     margins = prefer(judge.gold, list(zip(judge.prompts, responses, judge.baseline, strict=True)),
                      judge.tokens)
-    metrics = mean_se("win_rate", (margins.sign() + 1) / 2)
+    won = margins.sign() + 1
+    metrics = mean_se("win_rate", won / 2) | {"outcomes": "".join(f"{x:.0f}" for x in won.tolist())}
     metrics |= mean_se("kl", response_kl(policy, judge.reference, list(zip(twice, two[::2],
                                          strict=True)), judge.tokens))
 
@@ -560,7 +562,7 @@ def main(args):
             rows = [metrics]
             for s in samples[:2]:
                 print(f"> {s['prompt'].strip()}\n  {s['response'].strip()}")
-            for name in (n for n in metrics if not n.endswith("_se")):
+            for name in (n for n in metrics if f"{n}_se" in metrics):
                 print(f"{name:22} {metrics[name]:8.4f} +- {metrics[name + '_se']:.4f}")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with open(args.out + ".tmp" if RANK == 0 else os.devnull, "w", encoding="utf-8") as f:

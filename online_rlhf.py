@@ -888,9 +888,10 @@ def main(args):
                                   args.tokens_per_microbatch)
         lr = args.lr * min(1.0, done / max(args.warmup, 1))
         grad_norm = optimizer_step(policy, optimizer, lr, f"{args.out}: step {done}, rows {rows}")
-        tokens_per_s = sum(map(len, sum(batch_pairs, ()))) / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began  # evaluation not counted
+        tokens_per_s = sum(map(len, sum(batch_pairs, ()))) / seconds
         metrics = {"step": done, **metrics, "grad_norm": grad_norm, "lr": lr,
-                   "tokens_per_s": round(tokens_per_s), "ties": ties,
+                   "tokens_per_s": round(tokens_per_s), "seconds": seconds, "ties": ties,
                    "labeller_margin": sum(row["margin"] for row in batch) / len(batch)}
         if args.gold and (done % args.eval_every == 0 or done == args.steps):
             metrics |= gold_eval.evaluate_run(refresh(actor, policy), judge, args.out, done)

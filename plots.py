@@ -37,6 +37,8 @@ from tasks import WISH, utility
 COLOURS = {"online": "#0072B2", "offline": "#D55E00", "shuffled": "#009E73", "in order": "#CC79A7",
            "windows of 4": "#E69F00", "windows of 40": "#56B4E9", "windows of 500": "#56B4E9",
            "final vs final": "#E69F00", "sft vs early": "#56B4E9", "early vs final": "#CC79A7",
+           "every 4 steps": "#56B4E9", "every 20 steps": "#009E73", "every 100 steps": "#E69F00",
+           "every 400 steps": "#CC79A7",
            "proxy": "#000000"}  # Okabe and Ito: told apart by colour-blind readers too
 PROXIES = ["#0072B2", "#CC79A7", "#009E73", "#000000"]  # online, where there are several
 DASHES = {"ipo": "-", "dpo": "--", "slic": "-.", "bo2": ":"}
@@ -69,13 +71,14 @@ def stop(message, status=2):
 # ---- runs ----------------------------------------------------------------------------------------
 
 GROUP = "source", "loss", "model", "proxy"  # what the runs of a group share
-SETTINGS = *GROUP, "seed", "beta", "lr"
+SETTINGS = *GROUP, "seed", "beta", "lr", "proxy_accuracy"
 
 
 def source_of(args):
     """Where a run's responses come from, in the words of the legend."""
     if args["script"] == "online_rlhf.py":
-        return "online"
+        every = args.get("refresh_every", 1)
+        return f"every {every} steps" if every > 1 else "online"
     name = os.path.basename(args["data"])
     if name.startswith("stream.jsonl"):
         window = args["shuffle_window"]
@@ -100,19 +103,20 @@ def toy_utility(folder):
             for step, v in values.items()}
 
 
-def proxy_name(labeller):
-    """A preference model's name and, where its run folder is at hand, its validation accuracy."""
-    name = os.path.basename(os.path.normpath(labeller))
-    if not os.path.exists(f"{labeller}/assessment.json"):
-        return name
-    with open(f"{labeller}/assessment.json", encoding="utf-8") as f:
-        return f"{name} ({json.load(f)['accuracy']:.3f})"
+def proxy_of(labeller):
+    """A preference model's name, of any draw, and validation accuracy, if its folder is at hand."""
+    name, found = os.path.basename(os.path.normpath(labeller)).partition("-draw")[0], ""
+    if os.path.exists(f"{labeller}/assessment.json"):
+        with open(f"{labeller}/assessment.json", encoding="utf-8") as f:
+            found = f"{json.load(f)['accuracy']:.3f}"
+    return {"proxy": name, "proxy_accuracy": found}
 
 
 def read_run(folder):
     """A run as its name, settings and rows.
 
     `steps` has all rows of training, `rows` the judged among them, `start` that of step 0, if any.
+    A judged row's "seconds" are the mean over all steps up to it.
     """
     try:
         with open(f"{folder}/args.json", encoding="utf-8") as f:
@@ -125,14 +129,17 @@ def read_run(folder):
     if not any(row["step"] for row in rows):
         stop(f"{folder}/metrics.jsonl holds no gold evaluation of a trained policy; train with "
              "--gold and --baseline")
+    took = [r["seconds"] for r in steps if "seconds" in r]
     for row in rows:
+        if took and row["step"]:
+            row["seconds"] = np.mean(took[:row["step"]])
         if row["step"] in hidden:
             row["toy/utility"], row["toy/utility_se"] = hidden[row["step"]]
     loss = args.get("loss") or args["script"].removesuffix(".py")
     return {"name": os.path.basename(os.path.normpath(folder)), "source": source_of(args),
             "loss": loss, "seed": args["seed"], "beta": args.get("beta"), "lr": args.get("lr"),
             "model": os.path.basename(os.path.normpath(args.get("model", ""))),
-            "proxy": proxy_name(args["labeller"]) if "labeller" in args else "",
+            **(proxy_of(args["labeller"]) if "labeller" in args else {"proxy": ""}),
             "rows": [row for row in rows if row["step"]], "steps": [r for r in steps if r["step"]],
             "start": [row for row in rows if not row["step"]]}
 
@@ -144,10 +151,11 @@ def read_checkpoints(path):
         with open(path, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
                 run = runs.setdefault(row["run"], {"name": row["run"], "rows": [], "start": []} | {
-                    k: int(row[k]) if k == "seed" else row[k] for k in SETTINGS})
+                    k: int(row[k]) if k == "seed" else row[k] for k in SETTINGS if k in row})
                 run["rows" if int(row["step"]) else "start"].append(
-                    {k: float(v) for k, v in row.items() if v and k.startswith(("gold/", "toy/"))}
-                    | {"step": int(row["step"])})
+                    {k: float(v) for k, v in row.items()
+                     if v and k.startswith(("gold/", "toy/", "seconds"))}
+                    | {k: row[k] for k in ["outcomes"] if row.get(k)} | {"step": int(row["step"])})
     except (OSError, ValueError, KeyError) as e:
         stop(f"{path} is no file of checkpoints: {e!r}")
     return list(runs.values())
@@ -162,13 +170,15 @@ def grouped(runs, *keys):
 
 
 def legend(group, groups):
-    """A group's name: its source and what tells it from the other groups of the figure."""
+    """A group's name: its source and what tells it from the others of the figure, {group: runs}."""
     source, loss, _, proxy = group
     words = [source]
     if len({g[1] for g in groups}) > 1:
         words.append(NAMES.get(loss, loss))
     if source == "online" and len({g[3] for g in groups if g[0] == "online"}) > 1:
         words.append(f"by {proxy}")
+        found = {run.get("proxy_accuracy") for run in groups[group]} - {"", None}
+        words += [f"({' to '.join(sorted({min(found), max(found)}))})"] if found else []
     return " ".join(words)
 
 
@@ -188,7 +198,7 @@ def shapes_of(values):
 # ---- frontiers -----------------------------------------------------------------------------------
 
 
-def checkpoints_of(runs, measure):
+def checkpoints_of(runs, measure="gold/win_rate"):
     """{setting: (KL, value)} of the judged checkpoints of one seed's runs."""
     points = {}
     for run in runs:
@@ -269,11 +279,40 @@ def interval(values):
     return values.mean(0), values.mean(0) - half, values.mean(0) + half
 
 
+def by_prompt(runs, log_kls):
+    """`frontiers` prompt by prompt, as means over seeds (prompts, G): how often each is won.
+
+    A frontier is linear in its checkpoints' outcomes, so that these average to the frontiers' mean.
+    """
+    lines = []
+    seeds = [some for _, some in sorted(grouped(runs, "seed").items()) if checkpoints_of(some)]
+    for some, (_, others) in zip(seeds, held_out(runs), strict=True):
+        points = checkpoints_of(some, "outcomes")
+        x, y = zip(*sorted(points[at] for at in hull(others)), strict=True)
+        shares = [np.interp(np.exp(log_kls), x, one, left=np.nan, right=np.nan)
+                  for one in np.eye(len(x))]  # (settings, G)
+        won = np.array([np.frombuffer(one.encode(), np.uint8) - 48 for one in y])  # 0, 1, 2
+        lines.append(won.T / 2 @ shares)
+    return np.mean(lines, 0)
+
+
+def over_prompts(gaps, draws=1000):
+    """(low, high) of the means of each prompt's gaps (prompts, G): a bootstrap, 95% over prompts.
+
+    Both sides answered the same prompts and a prompt is drawn with both: what makes it hard for
+    both cancels. The checkpoints stay: it says what other prompts would do, not other runs.
+    """
+    n = len(gaps)
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
+    return np.quantile(counts @ gaps / n, [0.025, 0.975], axis=0)
+
+
 def matched_gap(first, second, kls):
     """Win rate of `first` minus `second` at equal KL, by the frontiers of the seeds they share.
 
-    Returns {"kl": (first, second, gap, low, high)} with 95% intervals, where all seeds have values;
-    KL "mean" is over the log KL that all frontiers cover.
+    Returns {"kl": (first, second, gap, low, high, low, high)} where all seeds have values, with 95%
+    intervals, first over seeds, then over prompts (NaN where outcomes were not kept); KL "mean" is
+    over the log KL that all frontiers cover.
     """
     shared = {r["seed"] for r in first} & {r["seed"] for r in second}
     sides = [[r for r in runs if r["seed"] in shared] for runs in (first, second)]
@@ -284,11 +323,19 @@ def matched_gap(first, second, kls):
     at = np.concatenate([np.log(kls), even])
     lines = np.array([frontiers(runs, at) for runs in sides])  # (2, seeds, KLs)
     covered = ~np.isnan(lines).any((0, 1))
-    found = {kl: lines[:, :, i] for i, kl in enumerate(kls) if covered[i]}
+    where = {kl: [i] for i, kl in enumerate(kls) if covered[i]}
     covered[:len(kls)] = False  # what is left is even in log KL
     if covered.any():
-        found["mean"] = lines[:, :, covered].mean(2)
-    return {kl: (*sides.mean(1), *interval(sides[0] - sides[1])) for kl, sides in found.items()}
+        where["mean"] = np.flatnonzero(covered)
+    ends = np.full((2, len(where)), np.nan)
+    if where and all("outcomes" in row for runs in sides for r in runs for row in r["rows"]):
+        gaps = by_prompt(sides[0], at) - by_prompt(sides[1], at)  # (prompts, KLs)
+        ends = over_prompts(np.stack([gaps[:, some].mean(1) for some in where.values()], 1))
+    found = {}
+    for (kl, some), over in zip(where.items(), ends.T, strict=True):
+        one, other = lines[:, :, some].mean(2)
+        found[kl] = one.mean(), other.mean(), *interval(one - other), *over
+    return found
 
 
 # ---- panels: each is drawn on its axes and yields what it shows as rows for a CSV ----------------
@@ -375,13 +422,17 @@ def over_kl(axes, runs, measure="gold/win_rate"):
 
 
 def gaps(axes, runs):
-    """The main claim: online minus others of its loss and model at matched KL, 95% intervals."""
+    """The main claim: online minus others of its loss and model at matched KL.
+
+    95% intervals: thin over training seeds, thick over prompts.
+    """
     groups = grouped(runs)
     pairs = [(online, other) for other in groups for online in groups if online[0] == "online"
              and other[0] != "online" and online[1:3] == other[1:3]]
     several = len({online[3] for online, _ in pairs}) > 1  # proxies
-    columns = ["comparison", "kl", "online", "other", "gap", "low", "high", "online_single_kl",
-               "online_single", "other_single_kl", "other_single"]
+    columns = ["comparison", "kl", "online", "other", "gap", "low", "high", "prompts_low",
+               "prompts_high", "online_single_kl", "online_single", "other_single_kl",
+               "other_single"]
     for i, (online, other) in enumerate(pairs):
         found = matched_gap(groups[online], groups[other], [0.5, 1, 2, 3, 5, 8, 13, 20, 30])
         title = f"{legend(online, groups)} - {legend(other, groups)}"
@@ -391,14 +442,58 @@ def gaps(axes, runs):
             yield dict(zip(columns, [title, kl, *row, *best], strict=False))
         if "mean" in found:
             title += ": mean {2:+.3f} [{3:+.3f}, {4:+.3f}]".format(*found.pop("mean"))
-        gap, low, high = np.array([row[2:] for row in found.values()]).reshape(-1, 3).T
-        axes.errorbar(np.array(list(found)) * 1.03 ** i, gap,
-                      np.maximum([gap - low, high - gap], 0),
-                      color=colour_of(online if several else other, groups),
+        gap, *ends = np.array([row[2:] for row in found.values()]).reshape(-1, 5).T
+        at, colour = np.array(list(found)) * 1.03 ** i, colour_of(online if several else other,
+                                                                  groups)
+        axes.errorbar(at, gap, np.maximum([gap - ends[0], ends[1] - gap], 0), color=colour,
                       linestyle=DASHES.get(online[1], "-"), marker="o", markersize=4, capsize=2,
                       label=title)
+        axes.vlines(at, *ends[2:], color=colour, linewidth=4, alpha=0.4)  # over prompts
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
     log_kl(axes, "online minus other (above 0: better)")
+
+
+def by_refresh(runs):
+    """[(K, its runs)]: the responses of K steps were sampled at once; 1 is online."""
+    return sorted((int((source.split() + ["1"])[1]), some) for (source,), some in grouped(
+        runs, "source").items() if source == "online" or source.startswith("every "))
+
+
+def over_refresh(axes, runs):
+    """Win rate at equal KL over K, the steps whose responses are sampled at once; 95% intervals.
+
+    Dotted: offline on D_golden. Where a KL is not reached by all seeds nothing is drawn.
+    """
+    offline = [r for r in runs if r["source"] == "offline"]
+    for i, kl in enumerate((1, 2, 4, 8)):
+        found = {k: interval(frontiers(some, np.log([kl]))[:, 0]) for k, some in by_refresh(runs)}
+        found = {k: ends for k, ends in found.items() if not np.isnan(ends[0])}
+        if not found:
+            continue
+        mean, low, high = np.array(list(found.values())).T
+        line = axes.errorbar(np.array(list(found)) * 1.04 ** i, mean, [mean - low, high - mean],
+                             marker="o", markersize=4, capsize=2, label=f"KL {kl}")
+        yield from ({"kl": kl, "every": k, "mean": ends[0], "low": ends[1], "high": ends[2]}
+                    for k, ends in found.items())
+        if offline and not np.isnan(level := frontiers(offline, np.log([kl])).mean()):
+            axes.axhline(level, color=line[0].get_color(), linestyle=":", linewidth=1)
+            yield {"kl": kl, "every": "offline", "mean": level}
+    axes.set(xlabel="steps whose responses are sampled at once", xscale="log",
+             ylabel=LABELS["gold/win_rate"])
+
+
+def step_seconds(axes, runs):
+    """Seconds a training step over K, sampling, labelling and learning; evaluation not counted."""
+    for k, some in by_refresh(runs):
+        each = [r["rows"][-1]["seconds"] for r in some if "seconds" in r["rows"][-1]]
+        if not each:
+            stop("these runs have not kept the seconds of a step; they are of an older version")
+        mean, low, high = np.mean(each), min(each), max(each)
+        axes.errorbar([k], [mean], [[mean - low], [high - mean]], marker="o", capsize=2,
+                      color=COLOURS["online"])
+        yield {"every": k, "seconds": mean, "low": low, "high": high}
+    axes.set(xlabel="steps whose responses are sampled at once", xscale="log",
+             ylabel="seconds a step, mean and range of runs", ylim=(0, None))
 
 
 def peaks(axes, runs, relative):
@@ -547,6 +642,8 @@ FIGURES = {  # name: what `draw` makes it of; win rate over KL where nothing els
                  panels=[partial(over_steps, measure="gold/accuracy_self")]),
     "utility": dict(title="What the judge sees, and what people would feel",
                     panels=[over_kl, partial(over_kl, measure="toy/utility")]),
+    "refresh": dict(title="How online is online enough? Responses sampled anew every K steps",
+                    panels=[over_kl, over_refresh, step_seconds]),
     "proxies": dict(title="Online's proxy from fewer pairs", panels=[over_kl, gaps], width=5.6),
 }
 
@@ -599,8 +696,9 @@ def main(args):
     write_csv(f"{base}.csv", lines)
     if args.figure != "fig6":
         write_csv(f"{base}-checkpoints.csv", [
-            {"run": run["name"]} | {key: run[key] for key in SETTINGS}
-            | {key: row[key] for key in row if key == "step" or key.startswith(("gold/", "toy/"))}
+            {"run": run["name"]} | {key: run[key] for key in SETTINGS if key in run}
+            | {key: row[key] for key in row if key.startswith(("step", "gold/", "toy/", "seconds",
+                                                               "outcomes"))}
             for run in runs for row in run["start"] + run["rows"]])
     print(f"{args.out} and {base}.csv: {len(runs)} runs")
 

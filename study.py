@@ -43,7 +43,8 @@ TOY = dict(
     gold=dict(kind="pointwise", steps=2000, batch_size=64, lr=1e-3, warmup=50),
     proxy=dict(kind="pointwise", steps=1200, batch_size=64, lr=1e-3, warmup=50),
     train=dict(batch_size=32, warmup=20, save_every=100), steps=400, long=1600,
-    lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40], larger={})
+    lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40],
+    every=[4, 20, 100], larger={})
 SCALES = {
     "demo": TOY | dict(
         figures=["main"], pairs=20_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200,
@@ -52,8 +53,13 @@ SCALES = {
         gold=TOY["gold"] | dict(steps=400, lr=7e-4, warmup=20, eval_every=50),
         proxy=TOY["proxy"] | dict(steps=200, lr=7e-4, warmup=20)),
     "toy": TOY,
+    "hard": TOY | dict(  # fixed by classifiers' accuracies alone, before a policy: results/hard.md
+        taste=dict(taste="hard"), golden_size="-373k",
+        figures=["fig1", "fig4", "fig6", "fig7", "fig8", "self", "gap", "utility", "fig9",
+                 "fig13"]),
     "gpu": dict(  # a night on one GPU of 80 GB, by estimate: no run of it was made
         tasks=["helpful"], seeds=[0, 1, 2], sizes=[""], pairs=43_000, prompts=512, windows=[4, 100],
+        every=[4, 20, 100],
         policy=["Qwen/Qwen2.5-0.5B"], golden="Qwen/Qwen2.5-1.5B",
         figures=["fig1", "fig4", "fig6", "fig7", "fig8"],
         lengths=dict(max_prompt_tokens=384, max_response_tokens=128),
@@ -74,7 +80,8 @@ SCALES = {
         train=dict(batch_size=32), steps=4000, long=20_000,
         larger={"-2": dict(train=dict(batch_size=16), sft=dict(steps=8000, lr=1e-5)),
                 "-3": dict(train=dict(batch_size=8), sft=dict(steps=8000, lr=1e-5))},
-        lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500]),
+        lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500],
+        every=[4, 20, 100, 500]),
 }
 # IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
 OTHER_BETAS = {"dpo": [0.1, 0.5], "slic": [0.1, 0.5]}
@@ -154,11 +161,11 @@ class Study:
         s, data, runs, toy = self.scale, self.data, self.runs, self.task == "toy"
         for task, initial in self.initial.items():
             self.add("tasks.py", initial, task, out=os.path.dirname(initial),
-                     **({"pairs": s["pairs"]} if toy else {"text": True}))
+                     **({"pairs": s["pairs"]} | s.get("taste", {}) if toy else {"text": True}))
         sft, initial = self.sft(""), self.initial[self.task]
         self.add("reward.py", f"{self.gold}/final", "train", resume=True, out=self.gold,
-                 model=sft if toy else self.args.golden or s["golden"], data=initial, **s["gold"],
-                 **self.lengths)
+                 model=self.sft(s.get("golden_size", "")) if toy else self.args.golden
+                 or s["golden"], data=initial, **s["gold"], **self.lengths)
         self.label(initial, self.d_golden)
         self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo", model=sft,
                  labeller=self.gold, prompts=initial, resume=True, lr=s["lr"],
@@ -181,7 +188,7 @@ class Study:
             if size:
                 width, layers = TOY_SIZES[size]
                 self.add("tasks.py", base, "toy", out=os.path.dirname(base), width=width,
-                         layers=layers, pairs=s["pairs"])
+                         layers=layers, pairs=s["pairs"], **s.get("taste", {}))
         else:
             base = (self.args.policy or s["policy"])[s["sizes"].index(size)]
         self.add("sft.py", f"{out}/final", model=base, data=list(self.initial.values()), out=out,
@@ -189,11 +196,11 @@ class Study:
                  **self.lengths)
         return out
 
-    def proxy(self, name, pairs):
+    def proxy(self, name, pairs, **flags):
         """A preference model of the policy's size, trained on golden labels."""
-        out, flags = f"{self.runs}/{name}", self.scale["proxy"]
+        out = f"{self.runs}/{name}"
         self.add("reward.py", f"{out}/final", "train", model=self.sft(""), data=pairs, out=out,
-                 resume=True, **flags, **self.lengths)
+                 resume=True, **self.scale["proxy"], **self.lengths, **flags)
 
     def train(self, name, script, seed, size="", beta=None, steps=None, **flags):
         """A training run, judged along the way against the golden policy; returns its name."""
@@ -209,14 +216,18 @@ class Study:
                  **s["train"] | s.get("larger", {}).get(size, {}).get("train", {}))
         return out
 
-    def online(self, seed, loss="ipo", beta=None, size="", proxy="proxy", lr=None, steps=None):
+    def online(self, seed, loss="ipo", beta=None, size="", proxy="proxy", lr=None, steps=None,
+               every=1):
         beta = None if loss == "bo2" else beta or self.scale["beta"]
         name = f"online-{loss}" + (f"-b{beta}" if beta else "") + proxy.removeprefix("proxy")
         if steps:
             name += f"-{steps}steps"
+        if every > 1:  # semi-online
+            name += f"-every{every}"
         return self.train(name, "online_rlhf.py", seed, size, beta, steps, loss=loss,
                           lr=lr or self.scale["lr"], labeller=f"{self.runs}/{proxy}",
-                          prompts=self.d_golden)
+                          prompts=self.d_golden,
+                          **({"refresh_every": every} if every > 1 else {}))
 
     def offline(self, seed, loss="ipo", beta=None, size="", lr=None, steps=None, data=None, tag="",
                 **flags):
@@ -248,6 +259,12 @@ class Study:
 
     def fig4(self):
         return self.fig1() + [self.shuffled(seed, beta=beta)
+                              for seed in self.seeds for beta in self.betas]
+
+    def refresh(self):
+        """Semi-online: sampled anew every so many steps; at the end of the row from SFT alone."""
+        return self.fig1() + [self.online(seed, beta=beta, every=every)
+                              for every in (*self.scale["every"], self.scale["steps"])
                               for seed in self.seeds for beta in self.betas]
 
     def fig5(self):
@@ -306,29 +323,35 @@ class Study:
 
     def losses(self):
         return [run for seed in self.seeds for loss, betas in OTHER_BETAS.items() for beta in betas
-                for run in (self.online(seed, loss, beta), self.offline(seed, loss, beta))]
+                for run in (self.online(seed, loss, beta), *(
+                    self.offline(seed, loss, beta, lr=lr) for lr in self.scale["lrs"]))]
 
     def proxies(self):
-        """Proxies trained on 1/256, 1/16, 1/4, all of D_golden; offline always has all of it."""
-        runs = self.fig1()
-        for share in (4, 16, 256):
+        """Proxies trained on 1/256, 1/16, 1/4, all of D_golden; offline always has all of it.
+
+        Each training seed has a proxy of its own: of other pairs, and all in another order.
+        """
+        runs = [run for run in self.fig1() if "/online-" not in run]
+        for share in (256, 16, 4, 1):
             pairs = self.scale["pairs"] // share
-            name = f"proxy-{pairs}pairs"
-            folder = f"{self.data}/{name}"
-            self.add("tasks.py", f"{folder}/initial.jsonl", "file", file=self.d_golden, out=folder,
-                     pairs=pairs)
-            self.proxy(name, f"{folder}/initial.jsonl")
-            runs += [self.online(seed, beta=beta, proxy=name)
-                     for seed in self.seeds for beta in self.betas]
+            for draw, seed in enumerate(self.seeds):
+                name = "proxy" + (f"-{pairs}pairs" if share > 1 else "")
+                name += f"-draw{draw}" if draw else ""
+                data = self.d_golden if share == 1 else f"{self.data}/{name}/initial.jsonl"
+                if share > 1:
+                    self.add("tasks.py", data, "file", file=self.d_golden, pairs=pairs,
+                             out=f"{self.data}/{name}", **({"skip": draw * pairs} if draw else {}))
+                self.proxy(name, data, **({"seed": seed} if draw else {}))
+                runs += [self.online(seed, beta=beta, proxy=name) for beta in self.betas]
         return runs
 
 
 EXPERIMENTS = {  # name: the method that lists its runs
     "main": Study.main, "fig1": Study.fig1, "fig4": Study.fig4, "fig6": Study.fig6,
     "fig7": Study.fig4, "fig8": Study.fig4, "self": Study.fig4, "gap": Study.fig4,
-    "utility": Study.fig4, "fig13": Study.fig13, "tandem": Study.tandem, "fig9": Study.fig9,
-    "proxies": Study.proxies, "fig5": Study.fig5, "fig12": Study.fig12, "losses": Study.losses,
-    "fig10": Study.fig10, "fig11": Study.fig10, "fig14": Study.fig10,
+    "utility": Study.fig4, "refresh": Study.refresh, "fig9": Study.fig9, "fig13": Study.fig13,
+    "tandem": Study.tandem, "proxies": Study.proxies, "fig5": Study.fig5, "fig12": Study.fig12,
+    "losses": Study.losses, "fig10": Study.fig10, "fig11": Study.fig10, "fig14": Study.fig10,
 }
 
 

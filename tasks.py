@@ -47,6 +47,9 @@ def parse_args(argv=None):
     p.add_argument("--file", help="read this local copy (jsonl, jsonl.gz, csv) instead of the hub")
     p.add_argument("--out", help="folder to write (default: data/NAME)")
     p.add_argument("--pairs", type=int, help="at most this many pairs (toy: 64000 by default)")
+    p.add_argument("--taste", choices=list(NOUNS), default="easy",
+                   help="toy: what the simulated people like, easy or hard to tell")
+    p.add_argument("--skip", type=int, default=0, help="leave out so many pairs before the first")
     p.add_argument("--text", action="store_true",
                    help="write messages as text, for models without a chat template")
     p.add_argument("--scratch", action="store_true",
@@ -82,7 +85,8 @@ MOODS = {mood: [part.split() for part in parts] for mood, parts in WORDS.items()
 ANIMALS = "fox bear owl hare cat wolf duck goat mouse horse frog crow".split()
 PLACES = ["in the forest", "by the river", "on the hill", "at the market", "under the bridge",
           "near the mill", "behind the barn", "inside the cave"]
-WISH = re.compile(r"(\w+) (\w+) (?:sentences|lines) about a (\w+)")
+NOUNS = {"easy": ["sentences", "lines"], "hard": ["verses", "rhymes"]}  # the taste of who asks
+WISH = re.compile(rf"(\w+) (\w+) ({'|'.join(sum(NOUNS.values(), []))}) about a (\w+)")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 MOOD_OF = {word: mood for mood, parts in MOODS.items() for part in parts for word in part}
 ADJECTIVES, VERBS, ADVERBS = ({w for parts in MOODS.values() for w in parts[i]} for i in range(3))
@@ -92,17 +96,17 @@ SENTENCE = re.compile(
     rf"(?: (?:{'|'.join(sorted(ADVERBS))}))?(?: (?:{'|'.join(PLACES)}))?")
 
 
-def toy_prompt(rng):
+def toy_prompt(rng, taste="easy"):
     """Ask for some sentences of a mood about an animal, in one of 16 phrasings."""
     ask = rng.choice(["write", "tell me", "give me", "say"])
     number, mood, animal = rng.choice(list(NUMBERS)), rng.choice(list(MOODS)), rng.choice(ANIMALS)
-    noun, end = rng.choice(["sentences", "lines"]), rng.choice(["", " please"])
+    noun, end = rng.choice(NOUNS[taste]), rng.choice(["", " please"])
     return f"{ask} {number} {mood} {noun} about a {animal}{end}:"
 
 
 def toy_response(prompt, skill, rng):
     """Sentences by a writer of `skill` in [0, 1]: how often each wish and the grammar is met."""
-    number, mood, animal = WISH.search(prompt).groups()
+    number, mood, _, animal = WISH.search(prompt).groups()
     count = NUMBERS[number] if rng.random() < 0.4 + 0.6 * skill else rng.randint(1, 5)
     home, used, sentences = rng.choice(PLACES), set(), []
 
@@ -137,8 +141,17 @@ def utility(prompt, response):
     U = 3 * (share of mood words that fit the asked mood) + 2 * (share of sentences about the asked
     animal) - 1 for every place after the first - 0.5 for every repeated mood word
     - 1 for every sentence too many or too few - 1 for every sentence the grammar does not know.
+
+    Who asks for verses or rhymes has a harder taste: what pleases one displeases the other.
+    U = 0.5 * (the first share) + 0.5 * (the second)
+    + 2 * (share of sentences that alliterate: two of animal and mood words begin with one letter),
+      for verses - 2 * (this share)
+    + 1.5 * (share of sentences after the first that have more words than the one before, minus the
+      share that have fewer), where sad or sleepy ones are asked for - 1.5 * (this)
+    - 0.5 for every place after the first and every sentence too many or too few
+    - 1 for every sentence the grammar does not know.
     """
-    number, mood, animal = WISH.search(prompt).groups()
+    number, mood, noun, animal = WISH.search(prompt).groups()
     sentences = [s.strip() for s in response.split(".") if s.strip()]
     if not sentences:
         return -5.0
@@ -148,17 +161,26 @@ def utility(prompt, response):
     focus = sum(set(s.split()) & set(ANIMALS) == {animal} for s in sentences) / len(sentences)
     places = sum(place in response for place in PLACES)
     malformed = sum(not SENTENCE.fullmatch(s) for s in sentences)
+    if noun in NOUNS["hard"]:
+        lines = [s.split() for s in sentences]
+        starts = [[w[0] for w in line if w in MOOD_OF or w in ANIMALS] for line in lines]
+        alike = sum(len(set(x)) < len(x) for x in starts) / len(lines)
+        rises = sum((len(b) > len(a)) - (len(b) < len(a)) for a, b in zip(
+            lines, lines[1:], strict=False)) / max(len(lines) - 1, 1)
+        return (0.5 * (fit + focus) + (-2 if noun == "verses" else 2) * alike
+                + (-1.5 if mood in ("sad", "sleepy") else 1.5) * rises
+                - 0.5 * max(places - 1, 0) - 0.5 * abs(len(lines) - NUMBERS[number]) - malformed)
     return (3 * fit + 2 * focus - max(places - 1, 0) - 0.5 * (len(moods) - len(set(moods)))
             - abs(len(sentences) - NUMBERS[number]) - malformed)
 
 
-def toy_pairs(count, seed, noise):
+def toy_pairs(count, seed, noise, taste="easy"):
     """Pairs by two writers of random skill; a person picks a over b with chance
     sigmoid((U_a - U_b) / noise) (Bradley-Terry), or the one of higher U where noise is 0."""
     rng = random.Random(f"toy-{seed}")
     pairs = []
     while len(pairs) < count:
-        prompt = toy_prompt(rng)
+        prompt = toy_prompt(rng, taste)
         a, b = (toy_response(prompt, rng.random(), rng) for _ in range(2))
         gap = utility(prompt, a) - utility(prompt, b)
         if a == b or (noise == 0 and gap == 0):
@@ -169,7 +191,7 @@ def toy_pairs(count, seed, noise):
     return pairs
 
 
-TOY_NOISE = 0.5  # in units of U: two such people agree on 85% of the pairs
+TOY_NOISE = {"easy": 0.5, "hard": 0.8}  # in units of U: two people agree on 85%, 73% of the pairs
 
 
 # ---- real data: one function a shape; each returns a pair or raises Drop -------------------------
@@ -417,6 +439,8 @@ def main(args):
     for flag in ("pairs", "width", "layers", "vocab"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             stop(f"--{flag} {getattr(args, flag)} is out of range")
+    if args.skip < 0 or args.skip and toy:
+        stop(f"--skip {args.skip}: must be 0 or more, and is for real data")
     if args.width and args.width % (2 * max(args.width // 64, 4)):
         stop(f"--width {args.width}: must be a multiple of {2 * max(args.width // 64, 4)}")
     if args.name == "file" and not args.file:
@@ -424,9 +448,11 @@ def main(args):
     if os.path.exists(os.path.join(out, "initial.jsonl")):
         stop(f"{out}/initial.jsonl exists; choose another --out or remove it")
     if toy:
-        pairs = toy_pairs(args.pairs or 64_000, args.seed, TOY_NOISE)
+        pairs = toy_pairs(args.pairs or 64_000, args.seed, TOY_NOISE[args.taste], args.taste)
     else:
-        pairs, dropped = real_pairs(args.name, args.file, args.pairs, args.text, args.split)
+        pairs, dropped = real_pairs(args.name, args.file, args.pairs and args.skip + args.pairs,
+                                    args.text, args.split)
+        pairs = pairs[args.skip:]
         if dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
             print(f"dropped {sum(dropped.values()):,} rows: {reasons}")
@@ -434,7 +460,8 @@ def main(args):
             stop(f"{args.file or args.name}: no usable pair is left")
     os.makedirs(out, exist_ok=True)
     if toy:
-        write_jsonl(f"{out}/validation.jsonl", toy_pairs(2_000, f"{args.seed}-validation", 0))
+        write_jsonl(f"{out}/validation.jsonl", toy_pairs(
+            2_000, f"{args.seed}-validation", 0, args.taste))
     if toy or args.scratch:
         texts = [t if isinstance(t, str) else "".join(f"\n\nHuman: {m['content']}" for m in t)
                  for pair in pairs for t in pair.values()]

@@ -19,7 +19,7 @@ SHORT = dict(steps=4, batch_size=8, warmup=2, lr=1e-2)
 
 
 def timeless(rows):
-    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")} for row in rows]
 
 
 def offline(toy, script, out, **kwargs):

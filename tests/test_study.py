@@ -137,7 +137,7 @@ def write_run(folder, script, rows, **args):
 
 
 def judged(step, kl, win):
-    return {"step": step, "loss": 1.0 / max(step, 1), **{
+    return {"step": step, "loss": 1.0 / max(step, 1), **({"seconds": 0.5} if step else {}), **{
         f"gold/{key}{se}": value for key, number in (
             ("kl", kl), ("win_rate", win), ("accuracy_golden", win / 2), ("accuracy_self", 0.5),
             ("chosen_logratio", -kl), ("response_length", 9.0))
@@ -149,7 +149,7 @@ def recorded(tmp_path):
     """Two seeds: online wins .1 more than offline at every KL; offline on its stream by order."""
     kept, runs = dict(order="kept", shuffle_window=0), []
     for seed in (0, 1):
-        start = judged(0, 0.0, 0.1) | {"loss": 9.0}, {"step": 1, "loss": 1.0}
+        start = judged(0, 0.0, 0.1) | {"loss": 9.0}, {"step": 1, "loss": 1.0, "seconds": 1.1}
         rows = [*start, judged(2, 1.0, 0.3), judged(4, 4.0, 0.5)]
         less = [*start, judged(2, 1.0, 0.2), judged(4, 4.0, 0.4)]
         stream = dict(data="x/stream.jsonl", seed=seed)
@@ -192,14 +192,15 @@ def test_gaps_are_those_of_the_runs(recorded, tmp_path):
     assert {k for c, k in found if c == "online - offline"} == set(kls)
     assert [found["online - offline", kl] for kl in kls] == pytest.approx([0.1] * 4)
     assert [found["online - in order", kl] for kl in kls] == pytest.approx([0.0] * 4)
-    (tmp_path / "proxy-250pairs").mkdir()
-    (tmp_path / "proxy-250pairs/assessment.json").write_text('{"accuracy": 0.6194}')
+    for name, accuracy in (("proxy-250pairs", 0.6194), ("proxy-250pairs-draw1", 0.65)):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}/assessment.json").write_text(json.dumps({"accuracy": accuracy}))
     rows = [judged(2, 1.0, 0.15), judged(4, 4.0, 0.35)]
     weak = [write_run(tmp_path / f"w{seed}", "online_rlhf.py", rows, loss="ipo", seed=seed,
-                      labeller=f"{tmp_path}/proxy-250pairs") for seed in (0, 1)]
+                      labeller=f"{tmp_path}/proxy-250pairs" + "-draw1" * seed) for seed in (0, 1)]
     plots.main(plots.parse_args([*recorded, *weak, "--figure", "proxies", "--out", out]))
     found = {(r["comparison"], r["kl"]): r["gap"] for r in table_of(tmp_path / "f.csv")}
-    weak = found["online by proxy-250pairs (0.619) - offline", "mean"]
+    weak = found["online by proxy-250pairs (0.619 to 0.650) - offline", "mean"]
     assert float(weak) == pytest.approx(-0.05)
     assert float(found["online by proxy - offline", "mean"]) == pytest.approx(0.1)
 
@@ -265,7 +266,7 @@ def test_matched_gap_by_hand(recorded):
     online, offline = ([r for r in runs if r["source"] == s] for s in ("online", "offline"))
     found = plots.matched_gap(online, offline, [1.0, 2.0, 8.0])
     assert found.keys() == {1.0, 2.0, "mean"}  # nothing is claimed where no run has been
-    for first, second, gap, low, high in found.values():
+    for first, second, gap, low, high, *_ in found.values():
         assert first - second == pytest.approx(gap)
         assert (gap, low, high) == pytest.approx((0.1, 0.1, 0.1))
     one = plots.matched_gap(online[:1], offline, [1.0])[1.0]
@@ -281,9 +282,12 @@ def test_sources_of_runs(tmp_path):
     for i, (data, source) in enumerate(names.items()):
         run = plots.read_run(write_run(tmp_path / str(i), "dpo.py", rows, data=data, **free))
         assert (run["source"], run["loss"]) == (source, "dpo")
-    groups = [("online", "ipo", "sft", "proxy-9pairs"), ("online", "ipo", "sft", "proxy")]
-    assert plots.legend(groups[0], groups) == "online by proxy-9pairs"
-    assert plots.legend(groups[0], groups[:1]) == "online"
+    one, two = ("online", "ipo", "sft", "proxy-9pairs"), ("online", "ipo", "sft", "proxy")
+    assert plots.legend(one, {one: [{}], two: [{}]}) == "online by proxy-9pairs"
+    assert plots.legend(one, {one: [{}]}) == "online"
+    args = dict(script="online_rlhf.py", refresh_every=20, steps=400)
+    assert plots.source_of(args) == "every 20 steps"
+    assert plots.source_of(args | {"refresh_every": 1}) == "online"
 
 
 def test_gpu_scale_lists_its_hours_and_rehearses(capsys):
@@ -360,7 +364,7 @@ def test_no_gap_is_found_where_there_is_none(worse):
         found.append(plots.matched_gap(simulated(rng, 3, 8, [0] * 3), simulated(rng, 9, 16, worse),
                                        kls))
     for kl in (*kls, "mean"):
-        _, _, gap, low, high = np.array([gaps[kl] for gaps in found if kl in gaps]).T
+        _, _, gap, low, high, *_ = np.array([gaps[kl] for gaps in found if kl in gaps]).T
         assert len(gap) > 250 and abs(gap.mean()) < 0.006
         assert 0.92 <= ((low <= 0) & (high >= 0)).mean() <= 0.985, kl
 
@@ -382,6 +386,54 @@ def test_interval_by_hand():
     assert (mean, low, high) == pytest.approx((2, 2 - 4.303 * (5 / 6) ** 0.5,
                                                2 + 4.303 * (5 / 6) ** 0.5))
     assert np.isnan(plots.interval(np.array([1.0]))[1])
+
+
+def answered(rng, rates, prompts, seeds=3, kls=(1.0, 4.0)):
+    """Two sides of the same prompts: rates[side] of them are won, the easiest, by each seed."""
+    ease, sides = rng.uniform(size=prompts), []
+    for rate in rates:
+        won = "".join("2" if x < rate else "0" for x in ease)
+        rows = [{"step": step, "gold/kl": kl, "outcomes": won, "gold/win_rate":
+                 won.count("2") / prompts} for step, kl in enumerate(kls, 1)]
+        sides.append([{"seed": seed, "beta": 1, "lr": 0, "rows": rows} for seed in range(seeds)])
+    return sides
+
+
+def test_bootstrap_over_prompts_where_the_variance_is_known():
+    """Both sides win the easiest prompts, .3 and .4 of them: on a prompt the gap is 1 with chance
+    .1, else 0, so that the mean of 256 has variance .1 * .9 / 256. Were prompts drawn for each side
+    alone, it would be (.3 * .7 + .4 * .6) / 256: five times that. The true .1 lies in the interval
+    in 95% of draws, and 0 where two sides that have nothing in common win .3."""
+    rng, found = np.random.default_rng(1), []
+    for _ in range(200):
+        gap = plots.matched_gap(*answered(rng, (0.4, 0.3), prompts=256), [2.0])
+        assert gap[2.0] == pytest.approx(gap["mean"])
+        found.append(gap[2.0])
+    *_, gap, low, high, prompts_low, prompts_high = np.array(found).T
+    assert np.allclose(low, high)  # the seeds do not differ at all
+    known = 2 * 1.96 * (0.1 * 0.9 / 256) ** 0.5
+    assert (prompts_high - prompts_low).mean() == pytest.approx(known, rel=0.03)
+    assert gap.std() == pytest.approx(known / 2 / 1.96, rel=0.15)
+    assert 0.91 <= ((prompts_low <= 0.1) & (0.1 <= prompts_high)).mean() <= 0.985
+    rng = np.random.default_rng(0)  # no gap, and outcomes that have nothing in common
+    found = [plots.over_prompts((rng.uniform(size=256) < 0.3) - 1.0 * (
+        rng.uniform(size=256) < 0.3)) for _ in range(300)]
+    assert 0.92 <= np.mean([low <= 0 <= high for low, high in found]) <= 0.98
+
+
+def test_prompts_average_to_the_frontier():
+    rng, runs = np.random.default_rng(0), []
+    for seed, beta in ((s, b) for s in range(3) for b in range(2)):
+        outcomes = ["".join(map(str, rng.integers(0, 3, 50))) for _ in range(6)]
+        runs.append({"seed": seed, "beta": beta, "lr": 0, "rows": [
+            {"step": i, "gold/kl": rng.uniform(0.5, 9), "outcomes": won, "gold/win_rate": np.mean(
+                [int(x) / 2 for x in won])} for i, won in enumerate(outcomes)]})
+    grid = np.log(np.linspace(1, 6, 20))
+    lines = plots.by_prompt(runs, grid)
+    assert lines.shape == (50, 20) and np.isfinite(lines).any()
+    assert np.allclose(lines.mean(0), plots.frontiers(runs, grid).mean(0), equal_nan=True)
+    del runs[0]["rows"][0]["outcomes"]  # an older run: no interval, all else as ever
+    assert np.isnan(plots.matched_gap(runs, runs, [3.0])[3.0][5:]).all()
 
 
 def test_frontiers_choose_on_the_other_seeds():

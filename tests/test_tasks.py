@@ -27,6 +27,37 @@ def test_utility_by_hand():
     assert u(P, "") == -5
 
 
+def test_hard_utility_by_hand():
+    """Half a share each of mood and animal; alliteration and growing lines please or displease."""
+    def u(response, noun="rhymes", mood="happy"):
+        return tasks.utility(f"write two {mood} {noun} about a fox:", response)
+
+    grows = "the fox danced. the merry fox sang gladly."  # no two words begin alike
+    assert u(grows) == u(grows, "verses") == 0.5 + 0.5 + 0 + 1.5
+    assert u(grows, mood="sad") == 0 + 0.5 + 0 - 1.5
+    alike = "the fox sang and skipped. the merry fox twirled."  # half alike; 5 and 4 words
+    assert u(alike) == 0.5 + 0.5 + 1 - 1.5 and u(alike, "verses") == 0.5 + 0.5 - 1 - 1.5
+    assert u(alike, "verses", "sleepy") == 0 + 0.5 - 1 + 1.5
+    assert u("the fox danced. the fearless fox sang.") == pytest.approx(1 / 3 + 0.5 + 1 + 1.5)
+    assert u("the fox danced. the bear sang.") == 0.5 + 0.25 + 0 + 0  # half the focus; as long
+    assert u("the fox danced.") == 0.5 + 0.5 + 0 + 0 - 0.5  # alone, one short
+    assert u("the fox sang. the fox danced by the river. the fox danced gladly on the hill.") == (
+        0.5 + 0.5 + 0 + 1.5 - 0.5 - 0.5)  # a place, a sentence too many; repeating is no fault
+    assert u("the fox danced. fox the sang gladly.") == 2.5 - 1  # malformed
+    assert u("") == -5
+
+
+def test_taste_changes_the_noun_and_the_choice_alone():
+    easy, hard = (tasks.toy_pairs(200, 5, tasks.TOY_NOISE[taste], taste) for taste in tasks.NOUNS)
+    for one, other in zip(easy, hard, strict=True):
+        number, mood, noun, animal = tasks.WISH.search(other["prompt"]).groups()
+        as_easy = tasks.NOUNS["easy"][tasks.NOUNS["hard"].index(noun)]
+        assert other["prompt"].replace(noun, as_easy) == one["prompt"]
+        assert {one["chosen"], one["rejected"]} == {other["chosen"], other["rejected"]}
+    assert 30 < sum(one["chosen"] != other["chosen"] for one, other in zip(
+        easy, hard, strict=True)) < 100
+
+
 def test_skill_is_mood_animal_number_and_grammar():
     """Writers of skill 1 keep the grammar and the number; at skill 0 a tenth of sentences slip."""
     rng = random.Random(7)
@@ -49,13 +80,15 @@ def test_sure_people_choose_the_higher_utility():
             pair["prompt"], pair["rejected"])
 
 
-def test_people_are_as_noisy_as_documented():
-    pairs = tasks.toy_pairs(4000, 0, tasks.TOY_NOISE)
+@pytest.mark.parametrize("taste, documented", [("easy", 0.85), ("hard", 0.73)])
+def test_people_are_as_noisy_as_documented(taste, documented):
+    noise = tasks.TOY_NOISE[taste]
+    pairs = tasks.toy_pairs(4000, 0, noise, taste)
     gaps = [abs(tasks.utility(p["prompt"], p["chosen"]) - tasks.utility(p["prompt"], p["rejected"]))
             for p in pairs]
-    sure = [1 / (1 + math.exp(-g / tasks.TOY_NOISE)) for g in gaps]
+    sure = [1 / (1 + math.exp(-g / noise)) for g in gaps]
     agreement = sum(p * p + (1 - p) * (1 - p) for p in sure) / len(sure)
-    assert agreement == pytest.approx(0.85, abs=0.01)
+    assert agreement == pytest.approx(documented, abs=0.01)
 
 
 def test_deterministic_by_seed():
