@@ -3,6 +3,7 @@
     python study.py --scale demo                  # toy data to a judged policy: table and figure
     python study.py --scale toy --jobs 2          # every figure, three seeds: hours on two cores
     python study.py --scale toy --only fig4       # one figure and what it needs
+    python study.py --scale hard --jobs 2         # the main ones, of people whose taste is hard
     python study.py --scale gpu                   # the main claim on a real task: a night, one GPU
     python study.py --scale paper --list          # the commands, in order, on real data and models
     python study.py --scale paper --list 3        # of these the third wave: all can run at once
@@ -54,7 +55,7 @@ SCALES = {
         proxy=TOY["proxy"] | dict(steps=200, lr=7e-4, warmup=20)),
     "toy": TOY,
     "hard": TOY | dict(  # fixed by classifiers' accuracies alone, before a policy: results/hard.md
-        taste=dict(taste="hard"), golden_size="-373k",
+        taste=dict(taste="hard"), golden_size="-373k", proxy=TOY["proxy"] | dict(steps=120),
         figures=["fig1", "fig4", "fig6", "fig7", "fig8", "self", "gap", "utility", "fig9",
                  "fig13"]),
     "gpu": dict(  # a night on one GPU of 80 GB, by estimate: no run of it was made

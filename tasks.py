@@ -148,8 +148,8 @@ def utility(prompt, response):
       for verses - 2 * (this share)
     + 1.5 * (share of sentences after the first that have more words than the one before, minus the
       share that have fewer), where sad or sleepy ones are asked for - 1.5 * (this)
-    - 0.5 for every place after the first and every sentence too many or too few
-    - 1 for every sentence the grammar does not know.
+    - 0.25 for every sentence too many or too few
+    - 0.5 for every sentence the grammar does not know.
     """
     number, mood, noun, animal = WISH.search(prompt).groups()
     sentences = [s.strip() for s in response.split(".") if s.strip()]
@@ -169,14 +169,15 @@ def utility(prompt, response):
             lines, lines[1:], strict=False)) / max(len(lines) - 1, 1)
         return (0.5 * (fit + focus) + (-2 if noun == "verses" else 2) * alike
                 + (-1.5 if mood in ("sad", "sleepy") else 1.5) * rises
-                - 0.5 * max(places - 1, 0) - 0.5 * abs(len(lines) - NUMBERS[number]) - malformed)
+                - 0.25 * abs(len(lines) - NUMBERS[number]) - 0.5 * malformed)
     return (3 * fit + 2 * focus - max(places - 1, 0) - 0.5 * (len(moods) - len(set(moods)))
             - abs(len(sentences) - NUMBERS[number]) - malformed)
 
 
-def toy_pairs(count, seed, noise, taste="easy"):
+def toy_pairs(count, seed, noise, taste="easy", people=1):
     """Pairs by two writers of random skill; a person picks a over b with chance
-    sigmoid((U_a - U_b) / noise) (Bradley-Terry), or the one of higher U where noise is 0."""
+    sigmoid((U_a - U_b) / noise) (Bradley-Terry), or the one of higher U where noise is 0. Of
+    several people most decide."""
     rng = random.Random(f"toy-{seed}")
     pairs = []
     while len(pairs) < count:
@@ -185,13 +186,16 @@ def toy_pairs(count, seed, noise, taste="easy"):
         gap = utility(prompt, a) - utility(prompt, b)
         if a == b or (noise == 0 and gap == 0):
             continue
-        a_wins = rng.random() < 1 / (1 + math.exp(-gap / noise)) if noise else gap > 0
+        votes = sum(rng.random() < 1 / (1 + math.exp(-gap / noise)) if noise else gap > 0
+                    for _ in range(people))
+        a_wins = votes > people / 2
         pairs.append({"prompt": prompt, "chosen": a if a_wins else b,
                       "rejected": b if a_wins else a})
     return pairs
 
 
-TOY_NOISE = {"easy": 0.5, "hard": 0.8}  # in units of U: two people agree on 85%, 73% of the pairs
+# taste: noise in units of U, and people a pair; two of them agree on 85% and on 75% of the pairs
+PEOPLE = {"easy": (0.5, 1), "hard": (0.6, 5)}
 
 
 # ---- real data: one function a shape; each returns a pair or raises Drop -------------------------
@@ -448,7 +452,8 @@ def main(args):
     if os.path.exists(os.path.join(out, "initial.jsonl")):
         stop(f"{out}/initial.jsonl exists; choose another --out or remove it")
     if toy:
-        pairs = toy_pairs(args.pairs or 64_000, args.seed, TOY_NOISE[args.taste], args.taste)
+        noise, people = PEOPLE[args.taste]
+        pairs = toy_pairs(args.pairs or 64_000, args.seed, noise, args.taste, people)
     else:
         pairs, dropped = real_pairs(args.name, args.file, args.pairs and args.skip + args.pairs,
                                     args.text, args.split)

@@ -3,11 +3,11 @@
     python tests/logprobs.py runs/toy/online-ipo-b0.02-s0 runs/toy/ipo-b0.02-lr0.0003-s0 \\
         --reference runs/toy/sft --gold runs/toy/gold --data data/toy/golden.jsonl --out split.csv
 
-For each run of the toy task: the sum of a response's log-ratios, split over kinds of words, as means
-over 256 responses of each source: people's chosen and rejected ones of D_golden, samples of SFT and
-of the policy itself (there the sum estimates the KL). Below them, by golden model's score of a
-response (in log-odds): the slope of the log-ratio, its value where people's mean score is, and the
-share of its variance that the score explains.
+For each run of the toy task: the sum of a response's log-ratios, split over kinds of words, as
+means over 256 responses of each source: people's chosen and rejected ones of D_golden, samples of
+SFT and of the policy itself (there the sum estimates the KL). Then, over the golden model's score
+of people's responses (in log-odds): the slope of the log-ratio, its value at the mean score of the
+chosen, and the share of its variance that the score explains.
 """
 
 import argparse

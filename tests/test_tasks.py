@@ -40,15 +40,15 @@ def test_hard_utility_by_hand():
     assert u(alike, "verses", "sleepy") == 0 + 0.5 - 1 + 1.5
     assert u("the fox danced. the fearless fox sang.") == pytest.approx(1 / 3 + 0.5 + 1 + 1.5)
     assert u("the fox danced. the bear sang.") == 0.5 + 0.25 + 0 + 0  # half the focus; as long
-    assert u("the fox danced.") == 0.5 + 0.5 + 0 + 0 - 0.5  # alone, one short
+    assert u("the fox danced.") == 0.5 + 0.5 + 0 + 0 - 0.25  # alone, one short
     assert u("the fox sang. the fox danced by the river. the fox danced gladly on the hill.") == (
-        0.5 + 0.5 + 0 + 1.5 - 0.5 - 0.5)  # a place, a sentence too many; repeating is no fault
-    assert u("the fox danced. fox the sang gladly.") == 2.5 - 1  # malformed
+        0.5 + 0.5 + 0 + 1.5 - 0.25)  # a sentence too many; places, repeated words are no fault
+    assert u("the fox danced. fox the sang gladly.") == 2.5 - 0.5  # malformed
     assert u("") == -5
 
 
 def test_taste_changes_the_noun_and_the_choice_alone():
-    easy, hard = (tasks.toy_pairs(200, 5, tasks.TOY_NOISE[taste], taste) for taste in tasks.NOUNS)
+    easy, hard = (tasks.toy_pairs(200, 5, 0.5, taste) for taste in tasks.NOUNS)
     for one, other in zip(easy, hard, strict=True):
         number, mood, noun, animal = tasks.WISH.search(other["prompt"]).groups()
         as_easy = tasks.NOUNS["easy"][tasks.NOUNS["hard"].index(noun)]
@@ -80,9 +80,9 @@ def test_sure_people_choose_the_higher_utility():
             pair["prompt"], pair["rejected"])
 
 
-@pytest.mark.parametrize("taste, documented", [("easy", 0.85), ("hard", 0.73)])
+@pytest.mark.parametrize("taste, documented", [("easy", 0.85), ("hard", 0.75)])
 def test_people_are_as_noisy_as_documented(taste, documented):
-    noise = tasks.TOY_NOISE[taste]
+    noise, _ = tasks.PEOPLE[taste]
     pairs = tasks.toy_pairs(4000, 0, noise, taste)
     gaps = [abs(tasks.utility(p["prompt"], p["chosen"]) - tasks.utility(p["prompt"], p["rejected"]))
             for p in pairs]
@@ -91,8 +91,37 @@ def test_people_are_as_noisy_as_documented(taste, documented):
     assert agreement == pytest.approx(documented, abs=0.01)
 
 
+def test_most_of_five_people_decide():
+    """Each is right with chance p where U differs by g; of five at least three are."""
+    one, five = (tasks.toy_pairs(4000, 0, 0.6, "hard", people) for people in (1, 5))
+    right = {}
+    for people, pairs in ((1, one), (5, five)):
+        gaps = [tasks.utility(p["prompt"], p["chosen"]) - tasks.utility(p["prompt"], p["rejected"])
+                for p in pairs]
+        sure = [1 / (1 + math.exp(-abs(gap) / 0.6)) for gap in gaps if gap]
+        due = sum(sum(math.comb(5, k) * p**k * (1 - p)**(5 - k) for k in (3, 4, 5))
+                  if people == 5 else p for p in sure) / len(sure)
+        right[people] = sum(gap > 0 for gap in gaps) / len(sure)
+        assert right[people] == pytest.approx(due, abs=0.015)
+    assert right[5] > right[1] + 0.05
+
+
 def test_deterministic_by_seed():
     assert tasks.toy_pairs(50, 3, 0.5) == tasks.toy_pairs(50, 3, 0.5) != tasks.toy_pairs(50, 4, 0.5)
+
+
+def test_skip_takes_the_next_pairs(tmp_path):
+    rows = [{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(9)]
+    tasks.write_jsonl(f"{tmp_path}/all.jsonl", rows)
+    words = ["file", "--file", f"{tmp_path}/all.jsonl", "--out"]
+    tasks.main(tasks.parse_args([*words, f"{tmp_path}/a", "--pairs", "3", "--skip", "3"]))
+    tasks.main(tasks.parse_args([*words, f"{tmp_path}/b", "--skip", "7"]))
+    assert rows_of(f"{tmp_path}/a/initial.jsonl") == rows[3:6]
+    assert rows_of(f"{tmp_path}/b/initial.jsonl") == rows[7:]
+    for wrong in (["toy", "--skip", "1"], [*words, f"{tmp_path}/c", "--skip", "9"]):
+        with pytest.raises(SystemExit) as end:
+            tasks.main(tasks.parse_args(wrong))
+        assert end.value.code == 2
 
 
 def test_toy_base_speaks_every_word(tmp_path):
