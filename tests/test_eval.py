@@ -145,7 +145,11 @@ def test_evaluate_at_the_reference(toy):
     assert metrics["gold/kl"] == 0 and metrics["gold/chosen_logratio"] == 0
     assert metrics["gold/accuracy_golden"] == 0.5 and metrics["gold/accuracy_self"] == 0.5
     assert (metrics, samples) == gold_eval.evaluate(policy, judge)
+    won = "".join("012"[(s["gold_margin"] > 0) - (s["gold_margin"] < 0) + 1] for s in samples)
+    assert metrics["outcomes"] == won and len(set(won)) > 1
+    assert metrics["gold/win_rate"] == sum(map(int, won)) / 2 / 24
     assert len(judge.prompts) == 24 and len(samples) == 24
     judge.baseline = gold_eval.sample(policy, judge.prompts, 2, 40, judge.ends,
                                       torch.Generator().manual_seed(0))[::2]
-    assert gold_eval.evaluate(policy, judge)[0]["gold/win_rate"] == 0.5
+    metrics, _ = gold_eval.evaluate(policy, judge)
+    assert metrics["gold/win_rate"] == 0.5 and metrics["outcomes"] == "1" * 24
