@@ -518,17 +518,25 @@ def peaks(axes, runs, relative):
 
 
 def scatter(axes, runs):
-    """Every checkpoint's win rate over its accuracy on D_golden; a shape a beta."""
+    """Every checkpoint's win rate over its accuracy on D_golden; a shape a beta.
+
+    Each correlation comes with the lowest and highest of the seeds'.
+    """
+    def points(part):
+        return np.array([[row[key] for r in part for row in r["rows"]]
+                         for key in ("gold/accuracy_golden", "gold/win_rate")])
+
     groups, shapes = grouped(runs), shapes_of(str(r["beta"]) for r in runs)
     for group, some in groups.items():
         parts = {"all": some} | {f"beta {beta}": part for (beta,), part in sorted(
             grouped(some, "beta").items(), key=str)}
         found = {}
         for name, part in parts.items():
-            x, y = ([row[key] for r in part for row in r["rows"]]
-                    for key in ("gold/accuracy_golden", "gold/win_rate"))
+            x, y = points(part)
             found[name] = np.corrcoef(x, y)[0, 1]
-            yield {"group": group[0], "of": name, "checkpoints": len(x), "correlation": found[name]}
+            seeds = [np.corrcoef(points(one))[0, 1] for one in grouped(part, "seed").values()]
+            yield {"group": group[0], "of": name, "checkpoints": len(x),
+                   "correlation": found[name], "low": min(seeds), "high": max(seeds)}
             if name != "all":
                 axes.plot(x, y, shapes[name.removeprefix("beta ")], markersize=3, alpha=0.5,
                           color=COLOURS.get(group[0]))
