@@ -205,6 +205,23 @@ def test_gaps_are_those_of_the_runs(recorded, tmp_path):
     assert float(found["online by proxy - offline", "mean"]) == pytest.approx(0.1)
 
 
+def test_refresh_by_hand(recorded, tmp_path):
+    """Online at K = 1 and, .05 worse, at K = 4; win rates at KL 1 and 4, offline's, seconds."""
+    rows = [judged(0, 0.0, 0.1), judged(1, 1.0, 0.25), judged(2, 4.0, 0.45)]
+    less = [write_run(tmp_path / f"k{seed}", "online_rlhf.py", rows, loss="ipo", seed=seed,
+                      refresh_every=4) for seed in (0, 1)]
+    plots.main(plots.parse_args([*recorded, *less, "--figure", "refresh", "--out",
+                                 f"{tmp_path}/f.png"]))
+    table = [r for r in table_of(tmp_path / "f.csv") if r["every"]]
+    found = {(r["kl"], r["every"]): float(r["mean"]) for r in table if r["kl"]}
+    assert found == pytest.approx({
+        ("1", "1"): 0.3, ("1", "4"): 0.25, ("1", "offline"): 0.2, ("4", "1"): 0.5,
+        ("4", "4"): 0.45, ("4", "offline"): 0.4, ("2", "1"): 0.3 + 0.2 / 3,
+        ("2", "4"): 0.25 + 0.2 / 3, ("2", "offline"): 0.2 + 0.2 / 3}, abs=1e-6)
+    took = {r["every"]: float(r["seconds"]) for r in table if r["seconds"]}
+    assert took == pytest.approx({"1": (1.1 + 0.5 + 0.5) / 3, "4": 0.5})
+
+
 def test_what_the_demo_ends_in(recorded):
     """SFT and two runs in a table, a sentence at equal KL, samples with the utility of each."""
     online, offline = (plots.read_run(run) for run in recorded[:2])
