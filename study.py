@@ -56,8 +56,9 @@ SCALES = {
     "toy": TOY,
     "hard": TOY | dict(  # fixed by classifiers' accuracies alone, before a policy: results/hard.md
         taste=dict(taste="hard"), golden_size="-373k", proxy=TOY["proxy"] | dict(steps=120),
-        figures=["fig1", "fig4", "fig6", "fig7", "fig8", "self", "gap", "utility", "fig9",
-                 "fig13"]),
+        proxies=[(1, None), (1, TOY["proxy"]["steps"])],
+        figures=["fig1", "fig4", "fig6", "fig7", "fig8", "self", "gap", "utility", "fig9", "fig13",
+                 "proxies"]),
     "gpu": dict(  # a night on one GPU of 80 GB, by estimate: no run of it was made
         tasks=["helpful"], seeds=[0, 1, 2], sizes=[""], pairs=43_000, prompts=512, windows=[4, 100],
         every=[4, 20, 100],
@@ -86,6 +87,7 @@ SCALES = {
 }
 # IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
 OTHER_BETAS = {"dpo": [0.1, 0.5], "slic": [0.1, 0.5]}
+PROXIES = [(256, None), (16, None), (4, None), (1, None)]  # 1 / share of the pairs, steps
 ABOUT = {  # what a command is for, by the name of what it makes, or its script
     "gold": "learns which response people prefer, and then stands for people",
     "golden.jsonl": "the pairs with the golden model's labels (D_golden): what all learn from",
@@ -201,7 +203,7 @@ class Study:
         """A preference model of the policy's size, trained on golden labels."""
         out = f"{self.runs}/{name}"
         self.add("reward.py", f"{out}/final", "train", model=self.sft(""), data=pairs, out=out,
-                 resume=True, **self.scale["proxy"], **self.lengths, **flags)
+                 resume=True, **self.scale["proxy"] | flags, **self.lengths)
 
     def train(self, name, script, seed, size="", beta=None, steps=None, **flags):
         """A training run, judged along the way against the golden policy; returns its name."""
@@ -328,21 +330,22 @@ class Study:
                     self.offline(seed, loss, beta, lr=lr) for lr in self.scale["lrs"]))]
 
     def proxies(self):
-        """Proxies trained on 1/256, 1/16, 1/4, all of D_golden; offline always has all of it.
+        """Proxies of fewer pairs of D_golden, or of other steps; offline always has all of it.
 
         Each training seed has a proxy of its own: of other pairs, and all in another order.
         """
         runs = [run for run in self.fig1() if "/online-" not in run]
-        for share in (256, 16, 4, 1):
+        for share, steps in self.scale.get("proxies", PROXIES):
             pairs = self.scale["pairs"] // share
             for draw, seed in enumerate(self.seeds):
                 name = "proxy" + (f"-{pairs}pairs" if share > 1 else "")
-                name += f"-draw{draw}" if draw else ""
+                name += (f"-{steps}steps" if steps else "") + (f"-draw{draw}" if draw else "")
+                flags = ({"steps": steps} if steps else {}) | ({"seed": seed} if draw else {})
                 data = self.d_golden if share == 1 else f"{self.data}/{name}/initial.jsonl"
                 if share > 1:
                     self.add("tasks.py", data, "file", file=self.d_golden, pairs=pairs,
                              out=f"{self.data}/{name}", **({"skip": draw * pairs} if draw else {}))
-                self.proxy(name, data, **({"seed": seed} if draw else {}))
+                self.proxy(name, data, **flags)
                 runs += [self.online(seed, beta=beta, proxy=name) for beta in self.betas]
         return runs
 
