@@ -22,6 +22,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import sys
 from functools import partial
 from itertools import cycle, product
@@ -37,10 +38,9 @@ from tasks import WISH, utility
 COLOURS = {"online": "#0072B2", "offline": "#D55E00", "shuffled": "#009E73", "in order": "#CC79A7",
            "windows of 4": "#E69F00", "windows of 40": "#56B4E9", "windows of 500": "#56B4E9",
            "final vs final": "#E69F00", "sft vs early": "#56B4E9", "early vs final": "#CC79A7",
-           "every 4 steps": "#56B4E9", "every 20 steps": "#009E73", "every 100 steps": "#E69F00",
-           "every 400 steps": "#CC79A7",
            "proxy": "#000000"}  # Okabe and Ito: told apart by colour-blind readers too
 PROXIES = ["#0072B2", "#CC79A7", "#009E73", "#000000"]  # online, where there are several
+REFRESHED = ["#56B4E9", "#009E73", "#E69F00", "#CC79A7"]  # every K steps, by rising K
 DASHES = {"ipo": "-", "dpo": "--", "slic": "-.", "bo2": ":"}
 LABELS = {
     "gold/win_rate": "win rate against the golden policy",
@@ -105,7 +105,7 @@ def toy_utility(folder):
 
 def proxy_of(labeller):
     """A preference model's name, of any draw, and validation accuracy, if its folder is at hand."""
-    name, found = os.path.basename(os.path.normpath(labeller)).partition("-draw")[0], ""
+    name, found = re.sub(r"-draw\d+$", "", os.path.basename(labeller.rstrip("/"))), ""
     if os.path.exists(f"{labeller}/assessment.json"):
         with open(f"{labeller}/assessment.json", encoding="utf-8") as f:
             found = f"{json.load(f)['accuracy']:.3f}"
@@ -116,7 +116,7 @@ def read_run(folder):
     """A run as its name, settings and rows.
 
     `steps` has all rows of training, `rows` the judged among them, `start` that of step 0, if any.
-    A judged row's "seconds" are the mean over all steps up to it.
+    A judged row's "step_seconds" is the mean over the steps up to it.
     """
     try:
         with open(f"{folder}/args.json", encoding="utf-8") as f:
@@ -129,17 +129,16 @@ def read_run(folder):
     if not any(row["step"] for row in rows):
         stop(f"{folder}/metrics.jsonl holds no gold evaluation of a trained policy; train with "
              "--gold and --baseline")
-    took = [r["seconds"] for r in steps if "seconds" in r]
     for row in rows:
-        if took and row["step"]:
-            row["seconds"] = np.mean(took[:row["step"]])
+        if took := [r["seconds"] for r in steps if "seconds" in r and r["step"] <= row["step"]]:
+            row["step_seconds"] = np.mean(took)
         if row["step"] in hidden:
             row["toy/utility"], row["toy/utility_se"] = hidden[row["step"]]
     loss = args.get("loss") or args["script"].removesuffix(".py")
     return {"name": os.path.basename(os.path.normpath(folder)), "source": source_of(args),
             "loss": loss, "seed": args["seed"], "beta": args.get("beta"), "lr": args.get("lr"),
             "model": os.path.basename(os.path.normpath(args.get("model", ""))),
-            **(proxy_of(args["labeller"]) if "labeller" in args else {"proxy": ""}),
+            **proxy_of(args.get("labeller", "")),
             "rows": [row for row in rows if row["step"]], "steps": [r for r in steps if r["step"]],
             "start": [row for row in rows if not row["step"]]}
 
@@ -150,11 +149,14 @@ def read_checkpoints(path):
     try:
         with open(path, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
+                if "proxy_accuracy" not in row:  # an older file has it behind the name
+                    row["proxy"], _, found = row["proxy"].partition(" (")
+                    row["proxy_accuracy"] = found.removesuffix(")")
                 run = runs.setdefault(row["run"], {"name": row["run"], "rows": [], "start": []} | {
-                    k: int(row[k]) if k == "seed" else row[k] for k in SETTINGS if k in row})
+                    k: int(row[k]) if k == "seed" else row[k] for k in SETTINGS})
                 run["rows" if int(row["step"]) else "start"].append(
                     {k: float(v) for k, v in row.items()
-                     if v and k.startswith(("gold/", "toy/", "seconds"))}
+                     if v and k.startswith(("gold/", "toy/", "step"))}
                     | {k: row[k] for k in ["outcomes"] if row.get(k)} | {"step": int(row["step"])})
     except (OSError, ValueError, KeyError) as e:
         stop(f"{path} is no file of checkpoints: {e!r}")
@@ -177,16 +179,19 @@ def legend(group, groups):
         words.append(NAMES.get(loss, loss))
     if source == "online" and len({g[3] for g in groups if g[0] == "online"}) > 1:
         words.append(f"by {proxy}")
-        found = {run.get("proxy_accuracy") for run in groups[group]} - {"", None}
+        found = {run["proxy_accuracy"] for run in groups[group]} - {""}
         words += [f"({' to '.join(sorted({min(found), max(found)}))})"] if found else []
     return " ".join(words)
 
 
 def colour_of(group, groups):
-    """A colour a source; of several proxies each online line has its own."""
+    """A colour a source; each of several proxies, and of several K, has its own."""
     proxies = [g[3] for g in groups if g[0] == "online"]
     if group[0] == "online" and len(set(proxies)) > 1:
         return PROXIES[list(dict.fromkeys(proxies)).index(group[3]) % 4]
+    if group[0].startswith("every "):
+        rank = sorted({int(g[0].split()[1]) for g in groups if g[0].startswith("every ")})
+        return REFRESHED[rank.index(int(group[0].split()[1])) % 4]
     return COLOURS.get(group[0], "0.5")
 
 
@@ -240,6 +245,15 @@ def held_out(runs, measure="gold/win_rate"):
     return pairs
 
 
+def mixtures(own, others, log_kls):
+    """The settings S on the hull of `others`, and the shares (S, G) of their checkpoints in a
+    seed's frontier at log KLs (G,); NaN outside the KL that they reach."""
+    chosen = sorted(hull(others), key=own.get)
+    kls = [own[at][0] for at in chosen]
+    return chosen, np.array([np.interp(np.exp(log_kls), kls, one, left=np.nan, right=np.nan)
+                             for one in np.eye(len(kls))])
+
+
 def frontiers(runs, log_kls, measure="gold/win_rate"):
     """Each seed's frontier (seeds, G) at log KLs (G,), NaN outside the KL that it reaches.
 
@@ -247,8 +261,8 @@ def frontiers(runs, log_kls, measure="gold/win_rate"):
     """
     lines = []
     for own, others in held_out(runs, measure):
-        x, y = zip(*sorted(own[at] for at in hull(others)), strict=True)
-        lines.append(np.interp(np.exp(log_kls), x, y, left=np.nan, right=np.nan))
+        chosen, shares = mixtures(own, others, log_kls)
+        lines.append([own[at][1] for at in chosen] @ shares)
     return np.array(lines)
 
 
@@ -270,7 +284,7 @@ def interval(values):
     Student's t of as few seeds as there are. Their values are not independent, since the settings
     of each were chosen on the others, so that the variance of the mean is not s^2 / n but
     s^2 (1 / n + 1 / (n - 1)) (Nadeau and Bengio 2003, with one part of n held out). What was not
-    drawn again is not in it: the golden model, the proxy, the data, the prompts.
+    drawn again is not in it: golden model, data, prompts, and, but in figure proxies, the proxy.
     """
     n = len(values)
     t = T_975[n - 1] if n <= len(T_975) else 1.96
@@ -286,13 +300,11 @@ def by_prompt(runs, log_kls):
     """
     lines = []
     seeds = [some for _, some in sorted(grouped(runs, "seed").items()) if checkpoints_of(some)]
-    for some, (_, others) in zip(seeds, held_out(runs), strict=True):
+    for some, (own, others) in zip(seeds, held_out(runs), strict=True):
+        chosen, shares = mixtures(own, others, log_kls)
         points = checkpoints_of(some, "outcomes")
-        x, y = zip(*sorted(points[at] for at in hull(others)), strict=True)
-        shares = [np.interp(np.exp(log_kls), x, one, left=np.nan, right=np.nan)
-                  for one in np.eye(len(x))]  # (settings, G)
-        won = np.array([np.frombuffer(one.encode(), np.uint8) - 48 for one in y])  # 0, 1, 2
-        lines.append(won.T / 2 @ shares)
+        won = [np.frombuffer(points[at][1].encode(), np.uint8) - 48 for at in chosen]  # 0, 1, 2
+        lines.append(np.array(won).T / 2 @ shares)
     return np.mean(lines, 0)
 
 
@@ -300,7 +312,8 @@ def over_prompts(gaps, draws=1000):
     """(low, high) of the means of each prompt's gaps (prompts, G): a bootstrap, 95% over prompts.
 
     Both sides answered the same prompts and a prompt is drawn with both: what makes it hard for
-    both cancels. The checkpoints stay: it says what other prompts would do, not other runs.
+    both cancels. The checkpoints stay, though they were chosen on these prompts: it says how these
+    would do on other prompts, not what other runs would do.
     """
     n = len(gaps)
     counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
@@ -311,8 +324,9 @@ def matched_gap(first, second, kls):
     """Win rate of `first` minus `second` at equal KL, by the frontiers of the seeds they share.
 
     Returns {"kl": (first, second, gap, low, high, low, high)} where all seeds have values, with 95%
-    intervals, first over seeds, then over prompts (NaN where outcomes were not kept); KL "mean" is
-    over the log KL that all frontiers cover.
+    intervals, first over seeds, then over prompts (NaN where outcomes were not kept, or of unlike
+    numbers of prompts; of unlike prompts they mean nothing); KL "mean" is over the log KL that all
+    frontiers cover.
     """
     shared = {r["seed"] for r in first} & {r["seed"] for r in second}
     sides = [[r for r in runs if r["seed"] in shared] for runs in (first, second)]
@@ -328,7 +342,8 @@ def matched_gap(first, second, kls):
     if covered.any():
         where["mean"] = np.flatnonzero(covered)
     ends = np.full((2, len(where)), np.nan)
-    if where and all("outcomes" in row for runs in sides for r in runs for row in r["rows"]):
+    prompts = {len(row.get("outcomes", "")) for runs in sides for r in runs for row in r["rows"]}
+    if where and len(prompts) == 1 and prompts != {0}:
         gaps = by_prompt(sides[0], at) - by_prompt(sides[1], at)  # (prompts, KLs)
         ends = over_prompts(np.stack([gaps[:, some].mean(1) for some in where.values()], 1))
     found = {}
@@ -424,11 +439,13 @@ def over_kl(axes, runs, measure="gold/win_rate"):
 def gaps(axes, runs):
     """The main claim: online minus others of its loss and model at matched KL.
 
-    95% intervals: thin over training seeds, thick over prompts.
+    Of several proxies also minus online by the study's own. 95% intervals: thin, and in the legend,
+    over training seeds, thick over prompts.
     """
     groups = grouped(runs)
     pairs = [(online, other) for other in groups for online in groups if online[0] == "online"
-             and other[0] != "online" and online[1:3] == other[1:3]]
+             and online[1:3] == other[1:3] and (other[0] != "online" or (
+                 other[3] == "proxy" != online[3]))]
     several = len({online[3] for online, _ in pairs}) > 1  # proxies
     columns = ["comparison", "kl", "online", "other", "gap", "low", "high", "prompts_low",
                "prompts_high", "online_single_kl", "online_single", "other_single_kl",
@@ -462,32 +479,40 @@ def by_refresh(runs):
 def over_refresh(axes, runs):
     """Win rate at equal KL over K, the steps whose responses are sampled at once; 95% intervals.
 
-    Dotted: offline on D_golden. Where a KL is not reached by all seeds nothing is drawn.
+    Dotted: offline on D_golden. Where a KL is not reached by all seeds nothing is drawn. The CSV
+    also has by how much online (K = 1) is ahead, seed by seed, with both intervals of `gaps`.
     """
-    offline = [r for r in runs if r["source"] == "offline"]
-    for i, kl in enumerate((1, 2, 4, 8)):
-        found = {k: interval(frontiers(some, np.log([kl]))[:, 0]) for k, some in by_refresh(runs)}
-        found = {k: ends for k, ends in found.items() if not np.isnan(ends[0])}
+    some = dict(by_refresh(runs)) | {"offline": [r for r in runs if r["source"] == "offline"]}
+    kls, ends = (1, 2, 4, 8, 16), ("gap", "gap_low", "gap_high", "prompts_low", "prompts_high")
+    behind = {k: matched_gap(some.get(1, []), some[k], kls) for k in some if k != 1}
+    for i, kl in enumerate(kls):
+        found = {k: interval(frontiers(part, np.log([kl]))[:, 0]) for k, part in some.items()
+                 if part}
+        found = {k: three for k, three in found.items() if not np.isnan(three[0])}
+        for k, (mean, low, high) in found.items():
+            yield {"kl": kl, "every": k, "mean": mean, "low": low, "high": high} | dict(
+                zip(ends, behind.get(k, {}).get(kl, ())[2:], strict=False))
+        level = found.pop("offline", [None])[0]
         if not found:
             continue
         mean, low, high = np.array(list(found.values())).T
         line = axes.errorbar(np.array(list(found)) * 1.04 ** i, mean, [mean - low, high - mean],
                              marker="o", markersize=4, capsize=2, label=f"KL {kl}")
-        yield from ({"kl": kl, "every": k, "mean": ends[0], "low": ends[1], "high": ends[2]}
-                    for k, ends in found.items())
-        if offline and not np.isnan(level := frontiers(offline, np.log([kl])).mean()):
+        if level is not None:
             axes.axhline(level, color=line[0].get_color(), linestyle=":", linewidth=1)
-            yield {"kl": kl, "every": "offline", "mean": level}
     axes.set(xlabel="steps whose responses are sampled at once", xscale="log",
              ylabel=LABELS["gold/win_rate"])
 
 
 def step_seconds(axes, runs):
-    """Seconds a training step over K, sampling, labelling and learning; evaluation not counted."""
+    """Seconds a training step over K, of sampling, labelling and learning, not of evaluation.
+
+    As the runs themselves were timed, with whatever ran beside them; older runs were not.
+    """
     for k, some in by_refresh(runs):
-        each = [r["rows"][-1]["seconds"] for r in some if "seconds" in r["rows"][-1]]
+        each = [r["rows"][-1]["step_seconds"] for r in some if "step_seconds" in r["rows"][-1]]
         if not each:
-            stop("these runs have not kept the seconds of a step; they are of an older version")
+            continue
         mean, low, high = np.mean(each), min(each), max(each)
         axes.errorbar([k], [mean], [[mean - low], [high - mean]], marker="o", capsize=2,
                       color=COLOURS["online"])
@@ -683,8 +708,8 @@ def write_csv(path, rows):
     with open(path + ".tmp", "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, keys, restval="")
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                         for row in rows)
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()
+                          if v == v} for row in rows)  # what is not known stays empty
     os.replace(path + ".tmp", path)
 
 
@@ -704,8 +729,8 @@ def main(args):
     write_csv(f"{base}.csv", lines)
     if args.figure != "fig6":
         write_csv(f"{base}-checkpoints.csv", [
-            {"run": run["name"]} | {key: run[key] for key in SETTINGS if key in run}
-            | {key: row[key] for key in row if key.startswith(("step", "gold/", "toy/", "seconds",
+            {"run": run["name"]} | {key: run[key] for key in SETTINGS}
+            | {key: row[key] for key in row if key.startswith(("step", "gold/", "toy/",
                                                                "outcomes"))}
             for run in runs for row in run["start"] + run["rows"]])
     print(f"{args.out} and {base}.csv: {len(runs)} runs")

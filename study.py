@@ -255,10 +255,13 @@ class Study:
             self.offline(self.seeds[0], beta=beta) for beta in self.betas]
 
     def fig1(self):
-        long = self.scale["long"]  # holds the checkpoints of a short run, too
-        return [self.online(seed, beta=beta) for seed in self.seeds for beta in self.betas] + [
-            self.offline(seed, beta=beta, lr=lr, steps=long)
-            for seed in self.seeds for beta in self.betas for lr in self.scale["lrs"]]
+        return [self.online(seed, beta=beta) for seed in self.seeds for beta in self.betas
+                ] + self.sweep()
+
+    def sweep(self):
+        """Offline over learning rates and betas; a long run holds the checkpoints of a short."""
+        return [self.offline(seed, beta=beta, lr=lr, steps=self.scale["long"])
+                for seed in self.seeds for beta in self.betas for lr in self.scale["lrs"]]
 
     def fig4(self):
         return self.fig1() + [self.shuffled(seed, beta=beta)
@@ -334,7 +337,7 @@ class Study:
 
         Each training seed has a proxy of its own: of other pairs, and all in another order.
         """
-        runs = [run for run in self.fig1() if "/online-" not in run]
+        runs = self.sweep()
         for share, steps in self.scale.get("proxies", PROXIES):
             pairs = self.scale["pairs"] // share
             for draw, seed in enumerate(self.seeds):

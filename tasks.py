@@ -48,8 +48,9 @@ def parse_args(argv=None):
     p.add_argument("--out", help="folder to write (default: data/NAME)")
     p.add_argument("--pairs", type=int, help="at most this many pairs (toy: 64000 by default)")
     p.add_argument("--taste", choices=list(NOUNS), default="easy",
-                   help="toy: what the simulated people like, easy or hard to tell")
-    p.add_argument("--skip", type=int, default=0, help="leave out so many pairs before the first")
+                   help="toy: what the simulated people like, easy or hard to tell (hard: verses "
+                   "and rhymes, and five people a pair)")
+    p.add_argument("--skip", type=int, default=0, help="leave out the first usable pairs, so many")
     p.add_argument("--text", action="store_true",
                    help="write messages as text, for models without a chat template")
     p.add_argument("--scratch", action="store_true",
@@ -144,8 +145,8 @@ def utility(prompt, response):
 
     Who asks for verses or rhymes has a harder taste: what pleases one displeases the other.
     U = 0.5 * (the first share) + 0.5 * (the second)
-    + 2 * (share of sentences that alliterate: two of animal and mood words begin with one letter),
-      for verses - 2 * (this share)
+    + 2 * (share of sentences that alliterate: two of animal and mood words, or one of them twice,
+      begin with one letter), for verses - 2 * (this share)
     + 1.5 * (share of sentences after the first that have more words than the one before, minus the
       share that have fewer), where sad or sleepy ones are asked for - 1.5 * (this)
     - 0.25 for every sentence too many or too few
@@ -194,7 +195,8 @@ def toy_pairs(count, seed, noise, taste="easy", people=1):
     return pairs
 
 
-# taste: noise in units of U, and people a pair; two of them agree on 85% and on 75% of the pairs
+# taste: noise in units of U, and people a pair. Two people agree on 85% and on 75% of the pairs;
+# two panels of five, which decide on the hard pairs, on 85%
 PEOPLE = {"easy": (0.5, 1), "hard": (0.6, 5)}
 
 
@@ -445,6 +447,8 @@ def main(args):
             stop(f"--{flag} {getattr(args, flag)} is out of range")
     if args.skip < 0 or args.skip and toy:
         stop(f"--skip {args.skip}: must be 0 or more, and is for real data")
+    if args.taste != "easy" and not toy:
+        stop(f"--taste {args.taste} is for toy")
     if args.width and args.width % (2 * max(args.width // 64, 4)):
         stop(f"--width {args.width}: must be a multiple of {2 * max(args.width // 64, 4)}")
     if args.name == "file" and not args.file:

@@ -5,9 +5,9 @@
 
 For each run of the toy task: the sum of a response's log-ratios, split over kinds of words, as
 means over 256 responses of each source: people's chosen and rejected ones of D_golden, samples of
-SFT and of the policy itself (there the sum estimates the KL). Then, over the golden model's score
-of people's responses (in log-odds): the slope of the log-ratio, its value at the mean score of the
-chosen, and the share of its variance that the score explains.
+SFT, and of the policy itself (where the sum estimates the KL of policy and SFT). Then, over the
+golden model's score of people's responses (in log-odds): the slope of the log-ratio, its value at
+the mean score of the chosen, and the share of its variance that the score explains.
 """
 
 import argparse
@@ -88,7 +88,8 @@ def main(args):
 
     def draw(model):
         drawn = sample(model, prompts, 1, args.max_response_tokens, end_ids(model, tokenizer),
-                       torch.Generator().manual_seed(1), len(tokenizer), 8192)
+                       torch.Generator().manual_seed(1), len(tokenizer),
+                       args.tokens_per_microbatch)
         return list(zip(prompts, drawn, strict=True))
 
     sources = {"chosen": [(x, y) for x, y, _ in pairs], "rejected": [(x, y) for x, _, y in pairs],

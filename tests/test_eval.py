@@ -132,6 +132,27 @@ def test_assess_by_hand(monkeypatch):
     assert found["ece"] == pytest.approx(2 / 3 * abs(0.9 - 1) + 1 / 3 * abs(0.6 - 0), abs=1e-5)
 
 
+def test_log_ratios_split_over_words_add_up(toy):
+    """Every token has a kind, and the kinds' sums are the response's log-prob."""
+    import logprobs
+
+    model, tokenizer = load_model(f"{toy}/sft")
+    rows = [(tokenizer(x).input_ids, tokenizer(y).input_ids + [tokenizer.eos_token_id])
+            for x, y in (("write two sad lines about a fox:", "the merry fox wept in the forest."),
+                         ("tell me four happy lines about a bear:", "the owl sang. the bear."))]
+    logps = logprobs.token_logps(model, rows)
+    sums = logprobs.split(rows, logps, tokenizer)
+    truth = gold_eval.plain_logps(model, [(x, y, y) for x, y in rows])[0]
+    assert torch.allclose(torch.tensor([sum(one.values()) for one in sums]), truth, atol=1e-4)
+    assert sums[0].keys() == {"the, and", "other mood words", "animals", "mood words that fit",
+                              "places", "full stops", "EOS"}
+    words = tokenizer.convert_ids_to_tokens(rows[0][1])
+    assert sums[0]["places"] == pytest.approx(sum(
+        x.item() for word, x in zip(words, logps[0], strict=True) if word in ("in", "forest")))
+    assert [logprobs.kind_of(word, "sad") for word in ("wept", "merry", "crow", "and")] == [
+        "mood words that fit", "other mood words", "animals", "the, and"]
+
+
 def test_evaluate_at_the_reference(toy):
     """policy = reference: KL 0, log-ratio 0, accuracy 1/2 (ties count half); twice the same
     numbers; against its own responses with the same noise every comparison is a tie."""

@@ -141,7 +141,8 @@ def judged(step, kl, win):
         f"gold/{key}{se}": value for key, number in (
             ("kl", kl), ("win_rate", win), ("accuracy_golden", win / 2), ("accuracy_self", 0.5),
             ("chosen_logratio", -kl), ("response_length", 9.0))
-        for se, value in (("", number), ("_se", 0.01))}}
+        for se, value in (("", number), ("_se", 0.01))},
+        "outcomes": "2" * round(10 * win) + "0" * round(10 * (1 - win))}
 
 
 @pytest.fixture
@@ -203,13 +204,17 @@ def test_gaps_are_those_of_the_runs(recorded, tmp_path):
     weak = found["online by proxy-250pairs (0.619 to 0.650) - offline", "mean"]
     assert float(weak) == pytest.approx(-0.05)
     assert float(found["online by proxy - offline", "mean"]) == pytest.approx(0.1)
+    apart = found["online by proxy-250pairs (0.619 to 0.650) - online by proxy", "mean"]
+    assert float(apart) == pytest.approx(-0.15)
 
 
 def test_refresh_by_hand(recorded, tmp_path):
-    """Online at K = 1 and, .05 worse, at K = 4; win rates at KL 1 and 4, offline's, seconds."""
-    rows = [judged(0, 0.0, 0.1), judged(1, 1.0, 0.25), judged(2, 4.0, 0.45)]
-    less = [write_run(tmp_path / f"k{seed}", "online_rlhf.py", rows, loss="ipo", seed=seed,
-                      refresh_every=4) for seed in (0, 1)]
+    """Online at K = 1 and, .04 and .06 worse, at K = 4: win rates at equal KL, with the interval of
+    two seeds (t 12.71, s .01 * 2^.5, (1/2 + 1)^.5), offline's, the gap of online, seconds."""
+    less = [write_run(tmp_path / f"k{seed}", "online_rlhf.py", [
+        judged(0, 0.0, 0.1), judged(1, 1.0, 0.26 - 0.02 * seed),
+        judged(2, 4.0, 0.46 - 0.02 * seed)], loss="ipo", seed=seed, refresh_every=4)
+        for seed in (0, 1)]
     plots.main(plots.parse_args([*recorded, *less, "--figure", "refresh", "--out",
                                  f"{tmp_path}/f.png"]))
     table = [r for r in table_of(tmp_path / "f.csv") if r["every"]]
@@ -218,6 +223,11 @@ def test_refresh_by_hand(recorded, tmp_path):
         ("1", "1"): 0.3, ("1", "4"): 0.25, ("1", "offline"): 0.2, ("4", "1"): 0.5,
         ("4", "4"): 0.45, ("4", "offline"): 0.4, ("2", "1"): 0.3 + 0.2 / 3,
         ("2", "4"): 0.25 + 0.2 / 3, ("2", "offline"): 0.2 + 0.2 / 3}, abs=1e-6)
+    half = 12.71 * 0.01 * 2**0.5 * 1.5**0.5
+    (row,) = [r for r in table if (r["kl"], r["every"]) == ("1", "4")]
+    assert [float(row[k]) for k in ("low", "high", "gap", "gap_low", "gap_high")] == pytest.approx(
+        [0.25 - half, 0.25 + half, 0.05, 0.05 - half, 0.05 + half], abs=1e-6)
+    assert float(row["prompts_low"]) < 0.05 < float(row["prompts_high"])
     took = {r["every"]: float(r["seconds"]) for r in table if r["seconds"]}
     assert took == pytest.approx({"1": (1.1 + 0.5 + 0.5) / 3, "4": 0.5})
 
@@ -283,11 +293,12 @@ def test_matched_gap_by_hand(recorded):
     online, offline = ([r for r in runs if r["source"] == s] for s in ("online", "offline"))
     found = plots.matched_gap(online, offline, [1.0, 2.0, 8.0])
     assert found.keys() == {1.0, 2.0, "mean"}  # nothing is claimed where no run has been
-    for first, second, gap, low, high, *_ in found.values():
+    for first, second, gap, low, high, *over_prompts in found.values():
         assert first - second == pytest.approx(gap)
         assert (gap, low, high) == pytest.approx((0.1, 0.1, 0.1))
+        assert over_prompts[0] < 0.1 < over_prompts[1]  # one prompt of ten makes the gap
     one = plots.matched_gap(online[:1], offline, [1.0])[1.0]
-    assert one[2] == pytest.approx(0.1) and np.isnan(one[3:]).all()
+    assert one[2] == pytest.approx(0.1) and np.isnan(one[3:5]).all()
     assert plots.matched_gap(online, [], [1.0]) == {}
 
 
@@ -300,8 +311,9 @@ def test_sources_of_runs(tmp_path):
         run = plots.read_run(write_run(tmp_path / str(i), "dpo.py", rows, data=data, **free))
         assert (run["source"], run["loss"]) == (source, "dpo")
     one, two = ("online", "ipo", "sft", "proxy-9pairs"), ("online", "ipo", "sft", "proxy")
-    assert plots.legend(one, {one: [{}], two: [{}]}) == "online by proxy-9pairs"
-    assert plots.legend(one, {one: [{}]}) == "online"
+    some = [{"proxy_accuracy": ""}]
+    assert plots.legend(one, {one: some, two: some}) == "online by proxy-9pairs"
+    assert plots.legend(one, {one: some}) == "online"
     args = dict(script="online_rlhf.py", refresh_every=20, steps=400)
     assert plots.source_of(args) == "every 20 steps"
     assert plots.source_of(args | {"refresh_every": 1}) == "online"
@@ -449,8 +461,13 @@ def test_prompts_average_to_the_frontier():
     lines = plots.by_prompt(runs, grid)
     assert lines.shape == (50, 20) and np.isfinite(lines).any()
     assert np.allclose(lines.mean(0), plots.frontiers(runs, grid).mean(0), equal_nan=True)
-    del runs[0]["rows"][0]["outcomes"]  # an older run: no interval, all else as ever
-    assert np.isnan(plots.matched_gap(runs, runs, [3.0])[3.0][5:]).all()
+    *_, low, high = plots.matched_gap(runs, runs, [3.0])[3.0]
+    assert low == high == 0  # nothing but itself
+    runs[0]["rows"][0]["outcomes"] += "2"  # other prompts: no interval
+    assert np.isnan(plots.matched_gap(runs, runs, [3.0])[3.0][-2:]).all()
+    del runs[0]["rows"][0]["outcomes"]  # an older run
+    *_, low, high = found = plots.matched_gap(runs, runs, [3.0])[3.0]
+    assert len(found) == 7 and np.isnan([low, high]).all() and np.isfinite(found[:5]).all()
 
 
 def test_frontiers_choose_on_the_other_seeds():
@@ -481,6 +498,7 @@ def test_figures_from_stored_checkpoints(recorded, tmp_path):
     assert table_of(tmp_path / "f-checkpoints.csv") == table_of(tmp_path / "g-checkpoints.csv")
     lines = (tmp_path / "f-checkpoints.csv").read_text().splitlines(keepends=True)
     step = lines[0].split(",").index("step")
+    assert "outcomes" in lines[0] and "step_seconds" in lines[0]
     older = [line for line in lines if line.split(",")[step] != "0"]  # not judged at step 0
     (tmp_path / "older.csv").write_text("".join(older))
     plots.main(plots.parse_args([f"{tmp_path}/older.csv", "--figure", "utility", "--out", again]))
