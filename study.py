@@ -87,7 +87,7 @@ SCALES = {
 }
 # IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
 OTHER_BETAS = {"dpo": [0.1, 0.5], "slic": [0.1, 0.5]}
-PROXIES = [(256, None), (16, None), (4, None), (1, None)]  # 1 / share of the pairs, steps
+PROXY_SHARES = [(256, None), (16, None), (4, None), (1, None)]  # 1 / share of the pairs, steps
 ABOUT = {  # what a command is for, by the name of what it makes, or its script
     "gold": "learns which response people prefer, and then stands for people",
     "golden.jsonl": "the pairs with the golden model's labels (D_golden): what all learn from",
@@ -338,7 +338,7 @@ class Study:
         Each training seed has a proxy of its own: of other pairs, and all in another order.
         """
         runs = self.sweep()
-        for share, steps in self.scale.get("proxies", PROXIES):
+        for share, steps in self.scale.get("proxies", PROXY_SHARES):
             pairs = self.scale["pairs"] // share
             for draw, seed in enumerate(self.seeds):
                 name = "proxy" + (f"-{pairs}pairs" if share > 1 else "")
