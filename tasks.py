@@ -50,7 +50,7 @@ def parse_args(argv=None):
     p.add_argument("--taste", choices=list(NOUNS), default="easy",
                    help="toy: what the simulated people like, easy or hard to tell (hard: verses "
                    "and rhymes, and five people a pair)")
-    p.add_argument("--skip", type=int, default=0, help="leave out the first usable pairs, so many")
+    p.add_argument("--skip", type=int, default=0, help="usable pairs to leave out at first")
     p.add_argument("--text", action="store_true",
                    help="write messages as text, for models without a chat template")
     p.add_argument("--scratch", action="store_true",
