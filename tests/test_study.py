@@ -46,6 +46,28 @@ def test_every_figure_has_its_runs_and_every_command_its_inputs(scale):
         assert len(sweep) == len(set(sweep)) == 36
 
 
+def test_semi_online_runs_and_draws_of_proxies_by_name():
+    """A run's name says what its command does: K, and which pairs and order its proxy has."""
+    stages, _ = study.experiments(args_of("--scale", "toy", "--only", "refresh", "proxies"))
+    for every in (4, 20, 100, 400):
+        words = stages[f"runs/toy/online-ipo-b0.02-every{every}-s1/final"]
+        assert study.value_of(words, "--refresh-every") == str(every)
+    assert "--refresh-every" not in stages["runs/toy/online-ipo-b0.02-s1/final"]
+    for draw, name in enumerate(("proxy-250pairs", "proxy-250pairs-draw1", "proxy-250pairs-draw2")):
+        words = stages[f"data/toy/{name}/initial.jsonl"]
+        assert int(study.value_of(words, "--skip", "0")) == 250 * draw
+        words = stages[f"runs/toy/{name}/final"]
+        assert study.value_of(words, "--data") == f"data/toy/{name}/initial.jsonl"
+        assert study.value_of(words, "--seed", "0") == str(draw)
+        words = stages[f"runs/toy/online-ipo-b0.1{name.removeprefix('proxy')}-s{draw}/final"]
+        assert study.value_of(words, "--labeller") == f"runs/toy/{name}"
+    stages, _ = study.experiments(args_of("--scale", "hard"))
+    for name, steps in (("proxy", "120"), ("proxy-1200steps-draw2", "1200")):
+        assert study.value_of(stages[f"runs/hard/{name}/final"], "--steps") == steps
+    assert study.value_of(stages["runs/hard/gold/final"], "--model") == "runs/hard/sft-373k"
+    assert study.value_of(stages["data/hard/initial.jsonl"], "--taste") == "hard"
+
+
 def test_waves_hold_each_command_once_and_after_its_inputs(capsys):
     args = args_of("--scale", "toy")
     stages, _ = study.experiments(args)
