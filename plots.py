@@ -598,6 +598,33 @@ def over_steps(axes, runs, measure):
         axes.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
 
 
+def logratio(axes, runs):
+    """By how much less likely people's chosen responses have become, over KL.
+
+    A point is a checkpoint. A line joins means over the checkpoints of every doubling of KL, the
+    band is the lowest and highest seed. Dashed: SFT tilted by a normal score, the best policy for
+    its KL, under which the better of two samples changes by sqrt(2 KL / pi) - KL.
+    """
+    measure, groups = "gold/chosen_logratio", grouped(runs)
+    kl = np.array([row["gold/kl"] for r in runs for row in r["rows"] if row["gold/kl"] > 0])
+    edges = 2.0 ** np.arange(np.floor(np.log2(kl.min())), np.log2(kl.max()) + 1)
+    for group, some in groups.items():
+        values = []  # (seeds, doublings)
+        for one in grouped(some, "seed").values():
+            x, y = np.array([(row["gold/kl"], row[measure]) for r in one for row in r["rows"]]).T
+            axes.plot(x, y, ".", color=colour_of(group, groups), markersize=3, alpha=0.3)
+            parts = [y[(low <= x) & (x < 2 * low)] for low in edges]
+            values.append([part.mean() if len(part) else np.nan for part in parts])
+        yield from band(axes, "kl", edges * 2 ** 0.5, np.array(values),
+                        {"group": group[0], "measure": measure}, marker="o", markersize=4,
+                        color=colour_of(group, groups), label=legend(group, groups))
+    x = np.geomspace(kl.min(), kl.max(), 200)
+    axes.plot(x, np.sqrt(2 * x / np.pi) - x, "--", color="0.4", label="SFT tilted by a score")
+    log_kl(axes, LABELS[measure])
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(top=1)
+
+
 def training_loss(axes, runs):
     """The online run's loss, and that of offline runs on the pairs it made."""
     if not all("steps" in run for run in runs):
@@ -673,6 +700,7 @@ FIGURES = {  # name: what `draw` makes it of; win rate over KL where nothing els
     "gap": dict(title="Online minus others at equal KL, 95% intervals", panels=[gaps]),
     "self": dict(title="Classifying one's own samples",
                  panels=[partial(over_steps, measure="gold/accuracy_self")]),
+    "logratio": dict(title="What becomes of the chosen responses of D_golden", panels=[logratio]),
     "utility": dict(title="What the judge sees, and what people would feel",
                     panels=[over_kl, partial(over_kl, measure="toy/utility")]),
     "refresh": dict(title="How online is online enough? Responses sampled anew every K steps",

@@ -57,8 +57,8 @@ SCALES = {
     "hard": TOY | dict(  # fixed by classifiers' accuracies alone, before a policy: results/hard.md
         taste=dict(taste="hard"), golden_size="-373k", proxy=TOY["proxy"] | dict(steps=120),
         proxies=[(1, None), (1, TOY["proxy"]["steps"])],
-        figures=["fig1", "fig4", "fig6", "fig7", "fig8", "self", "gap", "utility", "fig9", "fig13",
-                 "proxies"]),
+        figures=["fig1", "fig4", "fig6", "fig7", "fig8", "self", "gap", "utility", "logratio",
+                 "fig9", "fig13", "proxies"]),
     "gpu": dict(  # a night on one GPU of 80 GB, by estimate: no run of it was made
         tasks=["helpful"], seeds=[0, 1, 2], sizes=[""], pairs=43_000, prompts=512, windows=[4, 100],
         every=[4, 20, 100],
@@ -356,9 +356,10 @@ class Study:
 EXPERIMENTS = {  # name: the method that lists its runs
     "main": Study.main, "fig1": Study.fig1, "fig4": Study.fig4, "fig6": Study.fig6,
     "fig7": Study.fig4, "fig8": Study.fig4, "self": Study.fig4, "gap": Study.fig4,
-    "utility": Study.fig4, "refresh": Study.refresh, "fig9": Study.fig9, "fig13": Study.fig13,
-    "tandem": Study.tandem, "proxies": Study.proxies, "fig5": Study.fig5, "fig12": Study.fig12,
-    "losses": Study.losses, "fig10": Study.fig10, "fig11": Study.fig10, "fig14": Study.fig10,
+    "utility": Study.fig4, "logratio": Study.fig4, "refresh": Study.refresh, "fig9": Study.fig9,
+    "fig13": Study.fig13, "tandem": Study.tandem, "proxies": Study.proxies, "fig5": Study.fig5,
+    "fig12": Study.fig12, "losses": Study.losses, "fig10": Study.fig10, "fig11": Study.fig10,
+    "fig14": Study.fig10,
 }
 
 

@@ -8,6 +8,11 @@ means over 256 responses of each source: people's chosen and rejected ones of D_
 SFT, and of the policy itself (where the sum estimates the KL of policy and SFT). Then, over the
 golden model's score of people's responses (in log-odds): the slope of the log-ratio, its value at
 the mean score of the chosen, and the share of its variance that the score explains.
+
+"expected of a tilt" is what the best policy for its KL would have, SFT tilted by the golden score
+(pi = sft * exp(a * score) / Z), were the scores of SFT's samples to a prompt normal. With standard
+deviation s its KL is (a * s)^2 / 2, and the log-ratio of responses that lie z * s above SFT's mean
+is a * z * s - (a * s)^2 / 2 = z * sqrt(2 * KL) - KL: below 0 from a KL of 2 * z^2 on.
 """
 
 import argparse
@@ -86,14 +91,21 @@ def main(args):
     pairs = [pairs[i] for i in pick.tolist()]
     prompts, lines = [x for x, *_ in pairs], []
 
-    def draw(model):
-        drawn = sample(model, prompts, 1, args.max_response_tokens, end_ids(model, tokenizer),
+    def draw(model, each=1):
+        drawn = sample(model, prompts, each, args.max_response_tokens, end_ids(model, tokenizer),
                        torch.Generator().manual_seed(1), len(tokenizer),
                        args.tokens_per_microbatch)
-        return list(zip(prompts, drawn, strict=True))
+        return list(zip([x for x in prompts for _ in range(each)], drawn, strict=True))
+
+    @torch.no_grad()
+    def score(rows):
+        return preference_logits(gold, [(x, y, []) for x, y in rows]).numpy()
 
     sources = {"chosen": [(x, y) for x, y, _ in pairs], "rejected": [(x, y) for x, _, y in pairs],
                "samples of SFT": draw(reference)}
+    several = score(draw(reference, 8)).reshape(-1, 8)  # of each prompt
+    above = score(sources["chosen"]) - several.mean(1)
+    z = above.mean() / several.var(1, ddof=1).mean() ** 0.5
     for folder in args.runs:
         run = plots.read_run(folder)
         policy, _ = load_model(AutoModelForCausalLM, folder, args)
@@ -104,8 +116,7 @@ def main(args):
             ratios = [a - b for a, b in zip(*(token_logps(model, rows) for model in (
                 policy, reference)), strict=True)]
             totals[source] = np.array([ratio.sum().item() for ratio in ratios])
-            with torch.no_grad():
-                scores[source] = preference_logits(gold, [(x, y, []) for x, y in rows]).numpy()
+            scores[source] = score(rows)
             sums = split(rows, ratios, tokenizer)
             for kind in ["all", *sorted({kind for one in sums for kind in one})]:
                 values = totals[source] if kind == "all" else np.array(
@@ -117,6 +128,8 @@ def main(args):
         slope, at = np.polyfit(x - scores["chosen"].mean(), y, 1)
         for kind, value in (("slope", slope), ("at the chosen's mean score", at),
                             ("share explained", np.corrcoef(x, y)[0, 1] ** 2),
+                            ("chosen's z", z),
+                            ("expected of a tilt", z * (2 * about["kl"]) ** 0.5 - about["kl"]),
                             ("score of chosen", scores["chosen"].mean()),
                             ("score of own samples", scores["own samples"].mean())):
             lines.append(about | {"of": "by golden score", "kind": kind, "mean": value})

@@ -254,6 +254,29 @@ def test_refresh_by_hand(recorded, tmp_path):
     assert took == pytest.approx({"1": (1.1 + 0.5 + 0.5) / 3, "4": 0.5})
 
 
+def test_chosen_logratios_by_hand(tmp_path):
+    """Means in doublings of KL, a line where both seeds have checkpoints; the dashed line is what
+    brute force finds: a normal score tilts, and the better of two samples changes by so much."""
+    runs = []
+    for seed, kls in enumerate(((1.0, 1.5, 4.0), (1.2, 9.0))):
+        rows = [judged(step + 1, kl, 0.3 + 0.1 * seed) for step, kl in enumerate(kls)]
+        runs.append(plots.read_run(write_run(tmp_path / f"l{seed}", "ipo.py", rows, seed=seed,
+                                             data="golden.jsonl")))
+    figure, rows = plots.draw(runs, **plots.FIGURES["logratio"])
+    assert [(r["group"], r["kl"], r["mean"], r["low"], r["high"]) for r in rows] == [
+        ("offline", 2**0.5, pytest.approx(-1.225), pytest.approx(-1.25), pytest.approx(-1.2))]
+    line = {name: line for line in figure.axes[0].lines if (name := line.get_label())}
+    kls, changes = line["SFT tilted by a score"].get_data()
+    score = np.linspace(-12, 12, 20_001)
+    normal = np.exp(-score**2 / 2) / np.exp(-score**2 / 2).sum()
+    better = 2 * normal * np.cumsum(normal)  # density of the larger of two, up to a tie
+    for kl, change in zip(kls[::50], changes[::50], strict=True):
+        tilt = (2 * kl) ** 0.5
+        ratio = tilt * score - np.log((normal * np.exp(tilt * score)).sum())
+        assert (normal * np.exp(ratio) * ratio).sum() == pytest.approx(kl, abs=1e-3)
+        assert (better * ratio).sum() == pytest.approx(change, abs=2e-2)
+
+
 def test_what_the_demo_ends_in(recorded):
     """SFT and two runs in a table, a sentence at equal KL, samples with the utility of each."""
     online, offline = (plots.read_run(run) for run in recorded[:2])
