@@ -476,6 +476,12 @@ def by_refresh(runs):
         runs, "source").items() if source == "online" or source.startswith("every "))
 
 
+def over_every(axes, runs, ylabel):
+    axes.set(xlabel="steps whose responses are sampled at once", xscale="log", ylabel=ylabel)
+    axes.set_xticks(*[[k for k, _ in by_refresh(runs)]] * 2)
+    axes.minorticks_off()
+
+
 def over_refresh(axes, runs):
     """Win rate at equal KL over K, the steps whose responses are sampled at once; 95% intervals.
 
@@ -500,8 +506,7 @@ def over_refresh(axes, runs):
                              marker="o", markersize=4, capsize=2, label=f"KL {kl}")
         if level is not None:
             axes.axhline(level, color=line[0].get_color(), linestyle=":", linewidth=1)
-    axes.set(xlabel="steps whose responses are sampled at once", xscale="log",
-             ylabel=LABELS["gold/win_rate"])
+    over_every(axes, runs, LABELS["gold/win_rate"])
 
 
 def step_seconds(axes, runs):
@@ -517,8 +522,8 @@ def step_seconds(axes, runs):
         axes.errorbar([k], [mean], [[mean - low], [high - mean]], marker="o", capsize=2,
                       color=COLOURS["online"])
         yield {"every": k, "seconds": mean, "low": low, "high": high}
-    axes.set(xlabel="steps whose responses are sampled at once", xscale="log",
-             ylabel="seconds a step, mean and range of runs", ylim=(0, None))
+    over_every(axes, runs, "seconds a step, mean and range of runs")
+    axes.set_ylim(0)
 
 
 def peaks(axes, runs, relative):
