@@ -477,6 +477,7 @@ def by_refresh(runs):
 
 
 def over_every(axes, runs, ylabel):
+    """An x axis of K, with a tick at every K that was run."""
     axes.set(xlabel="steps whose responses are sampled at once", xscale="log", ylabel=ylabel)
     axes.set_xticks(*[[k for k, _ in by_refresh(runs)]] * 2)
     axes.minorticks_off()
@@ -608,7 +609,7 @@ def logratio(axes, runs):
 
     A point is a checkpoint. A line joins means over the checkpoints of every doubling of KL, the
     band is the lowest and highest seed. Dashed: SFT tilted by a normal score, the best policy for
-    its KL, under which the better of two samples changes by sqrt(2 KL / pi) - KL.
+    its KL, under which the better of two samples changes by sqrt(2 KL / 3.14) - KL.
     """
     measure, groups = "gold/chosen_logratio", grouped(runs)
     kl = np.array([row["gold/kl"] for r in runs for row in r["rows"] if row["gold/kl"] > 0])
