@@ -463,8 +463,8 @@ def gaps(axes, runs):
         at, colour = np.array(list(found)) * 1.03 ** i, colour_of(online if several else other,
                                                                   groups)
         axes.errorbar(at, gap, np.maximum([gap - ends[0], ends[1] - gap], 0), color=colour,
-                      linestyle=DASHES.get(online[1], "-"), marker="o", markersize=4, capsize=2,
-                      label=title)
+                      linestyle=":" if other[0] == "online" else DASHES.get(online[1], "-"),
+                      marker="o", markersize=4, capsize=2, label=title)
         axes.vlines(at, *ends[2:], color=colour, linewidth=4, alpha=0.4)  # over prompts
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
     log_kl(axes, "online minus other (above 0: better)")
@@ -718,21 +718,24 @@ FIGURES = {  # name: what `draw` makes it of; win rate over KL where nothing els
 def draw(runs, title, panels=(over_kl,), split=by_loss, width=5.2):
     """Each of the panels for each part of the runs; returns the figure and the rows of its CSV."""
     drawn = list(product((split(runs) if split else {"": runs}).items(), panels))
-    size = max(7, width * len(drawn)), 5 if len(drawn) == 1 else 4.4
-    figure, axes = plt.subplots(1, len(drawn), figsize=size, layout="constrained", squeeze=False,
+    wide, high = max(7, width * len(drawn)), 5 if len(drawn) == 1 else 4.4
+    figure, axes = plt.subplots(1, len(drawn), layout="constrained", squeeze=False,
                                 sharex=len(panels) == 1, sharey=len(panels) == 1)
-    lines = []
+    lines, legend_rows = [], 2
     for ax, ((name, some), panel) in zip(axes[0], drawn, strict=True):
         lines += panel(ax, some)
         ax.set_title(name)
         ax.grid(alpha=0.25)
         if labels := ax.get_legend_handles_labels()[1]:  # below, where it covers no point
             each = 0.53 + 0.061 * max(map(len, labels))  # inches
+            columns = max(1, int(wide / len(drawn) / each))
             ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15),
-                      ncols=max(1, int(size[0] / len(drawn) / each)))
+                      ncols=columns)
+            legend_rows = max(legend_rows, -(-len(labels) // columns))
         if len(panels) == 1:
             ax.label_outer()
     figure.suptitle(title)
+    figure.set_size_inches(wide, high + 0.17 * (legend_rows - 2))
     return figure, lines
 
 
