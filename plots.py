@@ -104,12 +104,14 @@ def toy_utility(folder):
 
 
 def proxy_of(labeller):
-    """A preference model's name, of any draw, and validation accuracy, if its folder is at hand."""
-    name, found = re.sub(r"-draw\d+$", "", os.path.basename(labeller.rstrip("/"))), ""
+    """A preference model's name, of any draw, and accuracy, if that was of 100 pairs or more."""
+    name, accuracy = re.sub(r"-draw\d+$", "", os.path.basename(labeller.rstrip("/"))), ""
     if os.path.exists(f"{labeller}/assessment.json"):
         with open(f"{labeller}/assessment.json", encoding="utf-8") as f:
-            found = f"{json.load(f)['accuracy']:.3f}"
-    return {"proxy": name, "proxy_accuracy": found}
+            found = json.load(f)
+        if found.get("pairs", 100) >= 100:
+            accuracy = f"{found['accuracy']:.3f}"
+    return {"proxy": name, "proxy_accuracy": accuracy}
 
 
 def read_run(folder):

@@ -698,7 +698,8 @@ def train(args):
     meet()  # none reads the best before it is written
     model = load_preference_model(best, args)[0].to(DEVICE)
     found = {k: row[f"validation/{k}"] for k in ("accuracy", "ece", "order_disagreement")} | {
-        "train_accuracy": assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"]}
+        "train_accuracy": assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"],
+        "pairs": len(validation)}
     if RANK == 0:
         with open(f"{args.out}/assessment.json", "w") as f:
             json.dump({"step": row["step"], **found}, f)
@@ -706,7 +707,8 @@ def train(args):
         if os.path.exists(save_path):
             os.remove(save_path)
     print(f"{args.out}: {args.kind}, best at step {row['step']} of {done}: validation accuracy "
-          f"{found['accuracy']:.3f} (train {found['train_accuracy']:.3f}), ECE {found['ece']:.3f}, "
+          f"{found['accuracy']:.3f} of {len(validation)} pairs (train "
+          f"{found['train_accuracy']:.3f}), ECE {found['ece']:.3f}, "
           f"the two orders disagree on {found['order_disagreement']:.1%}")
 
 

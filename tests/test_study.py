@@ -228,6 +228,10 @@ def test_gaps_are_those_of_the_runs(recorded, tmp_path):
     assert float(found["online by proxy - offline", "mean"]) == pytest.approx(0.1)
     apart = found["online by proxy-250pairs (0.619 to 0.650) - online by proxy", "mean"]
     assert float(apart) == pytest.approx(-0.15)
+    for pairs, shown in ((99, ""), (100, "1.000")):  # of so few pairs an accuracy says nothing
+        (tmp_path / "proxy-250pairs/assessment.json").write_text(
+            json.dumps({"accuracy": 1.0, "pairs": pairs}))
+        assert plots.proxy_of(f"{tmp_path}/proxy-250pairs")["proxy_accuracy"] == shown
 
 
 def test_refresh_by_hand(recorded, tmp_path):
