@@ -2,7 +2,7 @@
 
     python plots.py runs/demo/online-* runs/demo/ipo-* --out win_rate_kl.png
     python plots.py runs/toy/online-ipo-b* runs/toy/ipo-b* --figure fig7 --out fig7.png
-    python plots.py results/toy/fig4-checkpoints.csv --figure gap --out gap.png
+    python plots.py results/easy/fig4-checkpoints.csv --figure gap --out gap.png
 
 Reads args.json, metrics.jsonl and samples.jsonl, or the checkpoints that it wrote itself. A group
 is what shares a source of responses, a loss, a model and a labeller; it pools hyper-parameters and
@@ -138,7 +138,8 @@ def read_run(folder):
             row["toy/utility"], row["toy/utility_se"] = hidden[row["step"]]
     loss = args.get("loss") or args["script"].removesuffix(".py")
     return {"name": os.path.basename(os.path.normpath(folder)), "source": source_of(args),
-            "loss": loss, "seed": args["seed"], "beta": args.get("beta"), "lr": args.get("lr"),
+            "loss": loss, "seed": args["seed"], "lr": args.get("lr"),
+            "beta": None if loss == "bo2" else args.get("beta"),  # it has none
             "model": os.path.basename(os.path.normpath(args.get("model", ""))),
             **proxy_of(args.get("labeller", "")),
             "rows": [row for row in rows if row["step"]], "steps": [r for r in steps if r["step"]],
