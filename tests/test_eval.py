@@ -136,7 +136,8 @@ def test_assess_by_hand(monkeypatch):
 def test_an_assessment_says_of_how_many_pairs(toy):
     """The last twentieth of 400 pairs is held out; an accuracy is a number of them."""
     found = json.loads((toy / "proxy/assessment.json").read_text())
-    assert found["pairs"] == 20 and (found["accuracy"] * 20) % 1 == pytest.approx(0, abs=1e-9)
+    right = found["accuracy"] * 20
+    assert found["pairs"] == 20 and right == pytest.approx(round(right))
 
 
 def test_log_ratios_split_over_words_add_up(toy):

@@ -228,6 +228,8 @@ def test_gaps_are_those_of_the_runs(recorded, tmp_path):
     assert float(found["online by proxy - offline", "mean"]) == pytest.approx(0.1)
     apart = found["online by proxy-250pairs (0.619 to 0.650) - online by proxy", "mean"]
     assert float(apart) == pytest.approx(-0.15)
+    best_of_two = write_run(tmp_path / "bo2", "online_rlhf.py", rows, loss="bo2", seed=0, beta=0.1)
+    assert plots.read_run(best_of_two)["beta"] is None  # a default that the loss does not read
     for pairs, shown in ((99, ""), (100, "1.000")):  # of so few pairs an accuracy says nothing
         (tmp_path / "proxy-250pairs/assessment.json").write_text(
             json.dumps({"accuracy": 1.0, "pairs": pairs}))
