@@ -18,15 +18,17 @@ wins, 1 a tie, 0 the baseline's wins.
 --gold, a pair for each of its first rows, sampled from two policies, labelled by the golden model
 (figures 5, 12). `classify` follows a stream and asks who agrees with the golden model (figure 6).
 
-MIT licence. Shared: `load_judge` and `evaluate` are what the training scripts call.
+MIT licence. Shared: `evaluator` is what the training scripts call.
 """
 
 import argparse
+import copy
 import inspect
 import json
 import math
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -53,8 +55,8 @@ from reward import (
     pooled,
     prefer,
     read_jsonl,
-    sharded,
     turn_end,
+    whole,
 )
 
 KL_PROMPTS = 256  # prompts for the KL, pairs for each accuracy (appendices D and E)
@@ -89,7 +91,303 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---- sampling ------------------------------------------------------------------------------------
+def evaluate(policy, judge):
+    """Judge a policy: ({"gold/...": number, "outcomes"}, 256 samples). Always the same noise."""
+    generator = torch.Generator().manual_seed(judge.seed)
+    draw = partial(sample, policy, max_tokens=judge.max_tokens, ends=judge.ends,
+                   generator=generator, known=len(judge.tokenizer), tokens=judge.tokens)
+    twice = judge.prompts[:KL_PROMPTS]
+    with autocast():  # around all steps, so that the weights are cast once
+        two = draw(twice, 2)  # two responses each, for the self-classification
+        responses = two[::2] + draw(judge.prompts[KL_PROMPTS:], 1)
+
+    margins = prefer(judge.gold, list(zip(judge.prompts, responses, judge.baseline, strict=True)),
+                     judge.tokens)
+    won = margins.sign() + 1
+    metrics = mean_se("win_rate", won / 2) | {"outcomes": "".join(f"{x:.0f}" for x in won.tolist())}
+    metrics |= mean_se("kl", response_kl(policy, judge.reference, list(zip(twice, two[::2],
+                                         strict=True)), judge.tokens))
+
+    logratios = batch_logps(policy, judge.logps_of, judge.pairs, judge.tokens) - judge.ref_logps
+    h = logratios[0] - logratios[1]
+    metrics |= mean_se("accuracy_golden", (h.sign() + 1) / 2)
+    metrics |= mean_se("chosen_logratio", logratios[0])
+
+    own = [pair for pair in zip(twice, two[::2], two[1::2], strict=True) if pair[1] != pair[2]]
+    if own:
+        first, second = (batch_logps(model, judge.logps_of, own, judge.tokens)
+                         for model in (policy, judge.reference))
+        h = (first - second)[0] - (first - second)[1]
+        agree = h.sign() * prefer(judge.gold, own, judge.tokens).sign()
+        metrics |= mean_se("accuracy_self", (agree + 1) / 2)
+    metrics |= mean_se("response_length", torch.tensor([float(len(r)) for r in responses]))
+
+    decode = partial(judge.tokenizer.decode, skip_special_tokens=True)
+    samples = [{"prompt": decode(judge.prompts[i]), "response": decode(responses[i]),
+                "baseline": decode(judge.baseline[i]), "gold_margin": margins[i].item()}
+               for i in range(len(twice))]
+    return metrics, samples
+
+
+def mean_se(name, values):
+    """{name: mean, name_se: its standard error} of a tensor of independent values."""
+    values = values.double()
+    se = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(math.nan)
+    return {f"gold/{name}": values.mean().item(), f"gold/{name}_se": se.item()}
+
+
+@torch.no_grad()
+def response_kl(policy, reference, rows, tokens):
+    """KL in nats (R,) of each (prompt, response): exact a position, summed over its positions.
+
+    Averaged over responses sampled from the policy this is an unbiased estimate of the KL between
+    the two policies' distributions of whole responses (paper, appendix D). The logits are those of
+    the models themselves, in fp32: in bf16 a KL of .00004 nats read .067 at 39 tokens.
+    """
+    kls, vocabulary = torch.zeros(len(rows)), policy.get_output_embeddings().weight.shape[0]
+    at_once = min(tokens, 2 * LOGITS_AT_ONCE // vocabulary)
+    groups = micro_batches(rows, at_once, padding=0.05)  # logits of padding cost as well
+    for group in filter(None, groups):
+        some = [rows[i] for i in group]
+        first = min(len(prompt) for prompt, _ in some)  # no logits where all rows are prompt
+        ids, real = (pad_sequence(x, True).to(policy.device) for x in (
+            [torch.tensor(x + y) for x, y in some],
+            [torch.tensor([0] * len(x) + [1] * len(y)) for x, y in some]))
+        with torch.autocast(policy.device.type, enabled=False):
+            logp, ref_logp = (
+                model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first + 1)
+                .logits[:, :-1].float().log_softmax(-1) for model in (policy, reference))
+        kl = (logp.exp() * (logp - ref_logp)).sum(-1)  # (rows, positions)
+        kls[group] = (kl * real[:, first:]).sum(1).cpu()
+    return pooled(kls)
+
+
+def write_samples(args, policy, tokenizer):
+    """Responses to the first distinct prompts of --data, or golden-labelled pairs of two."""
+    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    prompts = [tuple(p) for p, _, _ in pairs]
+    prompts = [*map(list, prompts if args.other else dict.fromkeys(prompts))][:args.prompts]
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def draw(model):
+        with autocast():
+            return sample(model, prompts, 1, args.max_response_tokens, end_ids(model, tokenizer),
+                          generator, len(tokenizer), args.tokens_per_microbatch)
+
+    responses = draw(policy)
+    if not args.other:
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        return [{"prompt_ids": p, "response_ids": r, "prompt": decode(p), "response": decode(r)}
+                for p, r in zip(prompts, responses, strict=True)]
+    if not args.gold:
+        fail("--other needs --gold, which labels the pairs")
+    other, gold = load_other(args.other, tokenizer, args), load_labeller(args.gold, tokenizer, args)
+    pairs = list(zip(prompts, responses, draw(other), strict=True))
+    margins = prefer(gold, pairs, args.tokens_per_microbatch).tolist()
+    print(f"{args.model} is preferred to {args.other} on {sum(m > 0 for m in margins):,} of "
+          f"{len(pairs):,} pairs; {sum(a == b for _, a, b in pairs):,} are equal")
+    return [{"prompt_ids": p, "chosen_ids": a if m >= 0 else b, "rejected_ids": b if m >= 0 else a}
+            for (p, a, b), m in zip(pairs, margins, strict=True)]
+
+
+def follow_stream(args, policy, tokenizer, reference):
+    """Agreement with the golden model in ten parts of a stream: of its labeller, of the policy."""
+    gold, rows = load_labeller(args.gold, tokenizer, args), []
+    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    logps_of = choose_logps(reference, pairs)
+    for part in range(10):
+        start, end = (len(pairs) * i // 10 for i in (part, part + 1))
+        some = [pair for pair in pairs[start:end] if pair[1] != pair[2]][-2 * KL_PROMPTS:]
+        if not some:
+            fail(f"{args.data}: too few pairs to follow ({len(pairs)})")
+        label = prefer(gold, some, args.tokens_per_microbatch).sign()
+        logratios = (batch_logps(policy, logps_of, some, args.tokens_per_microbatch)
+                     - batch_logps(reference, logps_of, some, args.tokens_per_microbatch))
+        agree = (logratios[0] - logratios[1]).sign() * label
+        rows.append({"share_of_stream": (part + 1) / 10, "pairs": len(some),
+                     **mean_se("accuracy_labeller", (label + 1) / 2),
+                     **mean_se("accuracy_policy", (agree + 1) / 2)})
+    return rows
+
+
+def main(args):
+    if os.path.exists(args.out):
+        fail(f"{args.out} exists; choose another --out, or remove it")
+    policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
+    policy.to(DEVICE)
+    if args.command == "sample":
+        rows = write_samples(args, policy, tokenizer)
+    else:
+        reference = load_other(args.reference, tokenizer, args)
+        if args.command == "classify":
+            rows = follow_stream(args, policy, tokenizer, reference)
+        else:
+            metrics, samples = evaluate(policy, load_judge(args, args.data, reference, tokenizer))
+            rows = [metrics]
+            for s in samples[:2]:
+                print(f"> {s['prompt'].strip()}\n  {s['response'].strip()}")
+            for name in (n for n in metrics if f"{n}_se" in metrics):
+                print(f"{name:22} {metrics[name]:8.4f} +- {metrics[name + '_se']:.4f}")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    with open(args.out + ".tmp" if RANK == 0 else os.devnull, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if RANK == 0:
+        os.replace(args.out + ".tmp", args.out)
+    print(f"{args.out}: written")
+
+
+# ==== The lesson ends here. Below: the judge, log-probs and sampling as in online_rlhf.py =========
+@dataclass
+class Judge:
+    """What stays fixed while policies are judged: made once a run by `load_judge`."""
+
+    gold: torch.nn.Module
+    reference: torch.nn.Module
+    logps_of: object  # pair_logps or plain_logps
+    tokenizer: object
+    ends: list  # ids that end a response
+    prompts: list  # token ids, those of the baseline file
+    baseline: list  # its response to each
+    pairs: list  # of D_golden, sub-sampled
+    ref_logps: torch.Tensor  # (2, pairs)
+    max_tokens: int
+    tokens: int  # of a micro-batch
+    seed: int
+
+
+def load_judge(args, data, reference, tokenizer, logps_of=None):
+    """Read --gold, --baseline and the pairs of `data`; `reference` must not change from here on.
+
+    `args` also gives max_prompt_tokens, max_response_tokens, tokens_per_microbatch and seed. Says
+    what an evaluation will take, by one of the reference on 8 prompts.
+    """
+    if not args.baseline:
+        fail("--gold needs --baseline, a file of responses (gold_eval.py sample)")
+    limits = {"prompt_ids": args.max_prompt_tokens, "response_ids": args.max_response_tokens}
+
+    def two_lists(row):
+        for key, limit in limits.items():
+            ids = row[key] or []
+            if not (0 < len(ids) <= limit and all(
+                    type(i) is int and 0 <= i < len(tokenizer) for i in ids)):
+                raise ValueError(f"{key} must be 1 to {limit} tokens that the tokenizer has")
+        return [row[key] for key in limits]
+
+    rows = list(read_jsonl(args.baseline, two_lists, "; write it with `gold_eval.py sample`"))
+    if not rows:
+        fail(f"{args.baseline}: no responses in it")
+    gold = load_labeller(args.gold, tokenizer, args)
+    pairs = load_pairs(data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:KL_PROMPTS]
+    pairs = [pairs[i] for i in pick.tolist()]
+    logps_of = logps_of or choose_logps(reference, pairs)
+    ref_logps = batch_logps(reference, logps_of, pairs, args.tokens_per_microbatch)
+    prompts, baseline = map(list, zip(*rows, strict=True))
+    judge = Judge(gold, reference, logps_of, tokenizer, end_ids(reference, tokenizer), prompts,
+                  baseline, pairs, ref_logps, args.max_response_tokens, args.tokens_per_microbatch,
+                  args.seed)
+    few, began = min(8, len(rows)), time.perf_counter()
+    evaluate(reference, replace(judge, prompts=prompts[:few], baseline=baseline[:few],
+                                pairs=pairs[:few], ref_logps=ref_logps[:, :few]))
+    minutes = (time.perf_counter() - began) / 60 * len(rows) / few
+    print(f"an evaluation is of {len(rows):,} prompts: up to {minutes:.1f} minutes here")
+    return judge
+
+
+def evaluator(args, data, policy, tokenizer, logps_of, reference=None, actor=None):
+    """A function of the step that judges a policy in training and returns the metrics.
+
+    Make it before training: without a `reference` that is the policy as it is now. Of one that is
+    shared out over several processes it judges a whole copy, `actor`. Samples go to samples.jsonl.
+    """
+    judge = load_judge(args, data, reference or copy.deepcopy(policy), tokenizer, logps_of)
+    actor = actor or (copy.deepcopy(policy) if RANKS > 1 else policy)
+
+    def evaluate_run(step):
+        metrics, samples = evaluate(refresh(actor, policy), judge)
+        samples = [json.dumps({"step": step, **row}, ensure_ascii=False) for row in samples]
+        with open(f"{args.out}/samples.jsonl" if RANK == 0 else os.devnull, "ab") as f:
+            f.write("".join(f"{row}\n" for row in samples).encode())
+        return metrics
+    return evaluate_run
+
+
+@torch.no_grad()
+def refresh(actor, policy):
+    """Copy the weights of a sharded policy into `actor`, a whole model that samples; return it."""
+    if actor is not policy:
+        for mine, weight in zip(actor.parameters(), policy.parameters(), strict=True):
+            mine.copy_(whole(weight))
+    return actor
+
+
+def load_other(name, tokenizer, args):
+    """Load a policy that is compared with another one: it must have the same tokenizer."""
+    model, own = load_model(AutoModelForCausalLM, name, args)
+    if own.get_vocab() != tokenizer.get_vocab():
+        fail(f"{name} has another tokenizer than {args.model}")
+    return model.to(DEVICE)
+
+
+def plain_logps(model, pairs):
+    """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
+    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
+    labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
+    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
+    logits = model(input_ids=ids, use_cache=False,
+                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
+    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
+                           reduction="none")  # 0 where a label is -100
+    return -nlls.view(2, len(pairs), -1).sum(-1)
+
+
+def pair_logps(model, pairs):
+    """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
+
+    The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
+    once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
+    """
+    ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
+    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
+                              use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
+    head = model.get_output_embeddings()
+
+    def nll(hidden, targets):
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    size = max(1, LOGITS_AT_ONCE // len(head.weight))
+    *chunks, last = zip(hidden.split(size), targets.split(size), strict=True)
+    nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
+                        for chunk in chunks), nll(*last)])
+    return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
+
+
+@torch.no_grad()
+def choose_logps(model, pairs):
+    """`pair_logps` if it equals `plain_logps` but for rounding on a few pairs, else the latter."""
+    longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))  # shows a window
+    equal = torch.zeros(1)  # fp32 loses 1e-5; a mask that a model does not take costs whole nats
+    with suppress(Exception):
+        equal += all(torch.allclose(
+            pair_logps(model, [pair]), plain_logps(model, [pair]), rtol=1e-4,
+            atol=1e-4 * min(map(len, pair[1:]))) for pair in [*pairs[:3], longest])
+    if pooled(equal) == RANKS:  # all processes find it
+        return pair_logps
+    print("this model does not take one row a pair: using plain rows")
+    return plain_logps
+
+
+@torch.no_grad()
+def batch_logps(model, logps_of, pairs, tokens):
+    """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
+    logps = torch.zeros(2, len(pairs))
+    for group in micro_batches(pairs, tokens):
+        if group or hasattr(model, "logps"):  # what is shared out all processes run
+            logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
+    return pooled(logps)
+
+
 def skip_padding(module, query, key, value, mask, **kwargs):
     """Attention of one new token a row on CPU: in parts of the batch, each without its own padding.
 
@@ -283,293 +581,6 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
             used += 1
     drawn, lengths = pooled(drawn).tolist(), pooled(lengths).tolist()
     return [x[:n] for x, n in zip(drawn, lengths, strict=True)]
-
-
-# ---- log-probs and KL ----------------------------------------------------------------------------
-@sharded
-def plain_logps(model, pairs):
-    """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
-    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
-    ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
-    labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
-    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
-    logits = model(input_ids=ids, use_cache=False,
-                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
-    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
-                           reduction="none")  # 0 where a label is -100
-    return -nlls.view(2, len(pairs), -1).sum(-1)
-
-
-@sharded
-def pair_logps(model, pairs):
-    """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
-
-    The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
-    once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
-    """
-    ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
-    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
-                              use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
-    head = model.get_output_embeddings()
-
-    def nll(hidden, targets):
-        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
-    size = max(1, LOGITS_AT_ONCE // len(head.weight))
-    *chunks, last = zip(hidden.split(size), targets.split(size), strict=True)
-    nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
-                        for chunk in chunks), nll(*last)])
-    return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
-
-
-@torch.no_grad()
-def choose_logps(model, pairs):
-    """`pair_logps` where it equals `plain_logps` but for rounding on a few pairs, else the latter.
-
-    Equal is within 1e-4 of (|log-prob| + tokens): ten times what fp32 loses at 50,000 tokens of
-    vocabulary. A mask that the model does not take shows in whole nats.
-    """
-    longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))  # shows a window
-    pairs, gaps = [*pairs[:3], longest], []
-    plain = [plain_logps(model, [pair]) for pair in pairs]
-    try:
-        for pair, logps in zip(pairs, plain, strict=True):
-            tokens = torch.tensor([[len(response)] for response in pair[1:]]).to(logps)
-            gaps.append((pair_logps(model, [pair]) - logps).abs() / (logps.abs() + tokens))
-        worst = torch.stack(gaps).max().item()  # NaN, if there is one
-    except Exception as e:  # the model takes no such mask
-        worst = type(e).__name__
-    if pooled(torch.tensor(int(isinstance(worst, float) and worst < 1e-4))) == RANKS:  # all agree
-        return pair_logps
-    print(f"this model does not take one row a pair (gap {worst}): using plain rows")
-    return plain_logps
-
-
-@torch.no_grad()
-def batch_logps(model, logps_of, pairs, tokens):
-    """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
-    logps = torch.zeros(2, len(pairs))
-    for group in micro_batches(pairs, tokens):
-        logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
-    return pooled(logps)
-
-
-@torch.no_grad()
-def response_kl(policy, reference, rows, tokens):
-    """KL in nats (R,) of each (prompt, response): exact a position, summed over its positions.
-
-    Averaged over responses sampled from the policy this is an unbiased estimate of the KL between
-    the two policies' distributions of whole responses (paper, appendix D). The logits are those of
-    the models themselves, in fp32: in bf16 a KL of .00004 nats read .067 at 39 tokens.
-    """
-    kls, vocabulary = torch.zeros(len(rows)), policy.get_output_embeddings().weight.shape[0]
-    at_once = min(tokens, 2 * LOGITS_AT_ONCE // vocabulary)
-    groups = micro_batches(rows, at_once, padding=0.05)  # logits of padding cost as well
-    for group in filter(None, groups):
-        some = [rows[i] for i in group]
-        first = min(len(prompt) for prompt, _ in some)  # no logits where all rows are prompt
-        ids, real = (pad_sequence(x, True).to(policy.device) for x in (
-            [torch.tensor(x + y) for x, y in some],
-            [torch.tensor([0] * len(x) + [1] * len(y)) for x, y in some]))
-        with torch.autocast(policy.device.type, enabled=False):
-            logp, ref_logp = (
-                model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first + 1)
-                .logits[:, :-1].float().log_softmax(-1) for model in (policy, reference))
-        kl = (logp.exp() * (logp - ref_logp)).sum(-1)  # (rows, positions)
-        kls[group] = (kl * real[:, first:]).sum(1).cpu()
-    return pooled(kls)
-
-
-# ---- the judge -----------------------------------------------------------------------------------
-@dataclass
-class Judge:
-    """What stays fixed while policies are judged: made once a run by `load_judge`."""
-
-    gold: torch.nn.Module
-    reference: torch.nn.Module
-    logps_of: object  # pair_logps or plain_logps
-    tokenizer: object
-    ends: list  # ids that end a response
-    prompts: list  # token ids, those of the baseline file
-    baseline: list  # its response to each
-    pairs: list  # of D_golden, sub-sampled
-    ref_logps: torch.Tensor  # (2, pairs)
-    max_tokens: int
-    tokens: int  # of a micro-batch
-    seed: int
-
-
-def load_judge(args, data, reference, tokenizer, logps_of=None):
-    """Read --gold, --baseline and the pairs of `data`; `reference` must not change from here on.
-
-    `args` also gives max_prompt_tokens, max_response_tokens, tokens_per_microbatch and seed. Says
-    what an evaluation will take, by one of the reference on 8 prompts.
-    """
-    if not args.baseline:
-        fail("--gold needs --baseline, a file of responses (gold_eval.py sample)")
-    limits = {"prompt_ids": args.max_prompt_tokens, "response_ids": args.max_response_tokens}
-    rows, known = list(read_jsonl(args.baseline)), range(len(tokenizer))
-    for where, row in rows:
-        for key, limit in limits.items():
-            ids = row.get(key)
-            if not (isinstance(ids, list) and 0 < len(ids) <= limit and all(
-                    type(i) is int and i in known for i in ids)):
-                fail(f"{where}: {key} must be 1 to {limit} tokens that the tokenizer has; write "
-                     "the file with `gold_eval.py sample`")
-    if not rows:
-        fail(f"{args.baseline}: no responses in it")
-    gold = load_labeller(args.gold, tokenizer, args)
-    pairs = load_pairs(data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:KL_PROMPTS]
-    pairs = [pairs[i] for i in pick.tolist()]
-    logps_of = logps_of or choose_logps(reference, pairs)
-    ref_logps = batch_logps(reference, logps_of, pairs, args.tokens_per_microbatch)
-    prompts, baseline = ([row[key] for _, row in rows] for key in limits)
-    judge = Judge(gold, reference, logps_of, tokenizer, end_ids(reference, tokenizer), prompts,
-                  baseline, pairs, ref_logps, args.max_response_tokens, args.tokens_per_microbatch,
-                  args.seed)
-    few, began = min(8, len(rows)), time.perf_counter()
-    evaluate(reference, replace(judge, prompts=prompts[:few], baseline=baseline[:few],
-                                pairs=pairs[:few], ref_logps=ref_logps[:, :few]))
-    minutes = (time.perf_counter() - began) / 60 * len(rows) / few
-    print(f"an evaluation is of {len(rows):,} prompts: up to {minutes:.1f} minutes here")
-    return judge
-
-
-def mean_se(name, values):
-    """{name: mean, name_se: its standard error} of a tensor of independent values."""
-    values = values.double()
-    se = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(math.nan)
-    return {f"gold/{name}": values.mean().item(), f"gold/{name}_se": se.item()}
-
-
-def evaluate(policy, judge):
-    """Judge a policy: ({"gold/...": number, "outcomes"}, 256 samples). Always the same noise."""
-    generator = torch.Generator().manual_seed(judge.seed)
-    draw = partial(sample, policy, max_tokens=judge.max_tokens, ends=judge.ends,
-                   generator=generator, known=len(judge.tokenizer), tokens=judge.tokens)
-    twice = judge.prompts[:KL_PROMPTS]
-    with autocast():  # around all steps, so that the weights are cast once
-        two = draw(twice, 2)  # two responses each, for the self-classification
-        responses = two[::2] + draw(judge.prompts[KL_PROMPTS:], 1)
-
-    margins = prefer(judge.gold, list(zip(judge.prompts, responses, judge.baseline, strict=True)),
-                     judge.tokens)
-    won = margins.sign() + 1
-    metrics = mean_se("win_rate", won / 2) | {"outcomes": "".join(f"{x:.0f}" for x in won.tolist())}
-    metrics |= mean_se("kl", response_kl(policy, judge.reference, list(zip(twice, two[::2],
-                                         strict=True)), judge.tokens))
-
-    logratios = batch_logps(policy, judge.logps_of, judge.pairs, judge.tokens) - judge.ref_logps
-    h = logratios[0] - logratios[1]
-    metrics |= mean_se("accuracy_golden", (h.sign() + 1) / 2)
-    metrics |= mean_se("chosen_logratio", logratios[0])
-
-    own = [pair for pair in zip(twice, two[::2], two[1::2], strict=True) if pair[1] != pair[2]]
-    if own:
-        first, second = (batch_logps(model, judge.logps_of, own, judge.tokens)
-                         for model in (policy, judge.reference))
-        h = (first - second)[0] - (first - second)[1]
-        agree = h.sign() * prefer(judge.gold, own, judge.tokens).sign()
-        metrics |= mean_se("accuracy_self", (agree + 1) / 2)
-    metrics |= mean_se("response_length", torch.tensor([float(len(r)) for r in responses]))
-
-    decode = partial(judge.tokenizer.decode, skip_special_tokens=True)
-    samples = [{"prompt": decode(judge.prompts[i]), "response": decode(responses[i]),
-                "baseline": decode(judge.baseline[i]), "gold_margin": margins[i].item()}
-               for i in range(len(twice))]
-    return metrics, samples
-
-
-def evaluate_run(policy, judge, out, step):
-    """The metrics of `evaluate` during training; samples go to samples.jsonl of the run folder."""
-    metrics, samples = evaluate(policy, judge)
-    with open(f"{out}/samples.jsonl" if RANK == 0 else os.devnull, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps({"step": step, **s}, ensure_ascii=False) + "\n" for s in samples)
-    return metrics
-
-
-# ---- command line --------------------------------------------------------------------------------
-def load_other(name, tokenizer, args):
-    """Load a policy that is compared with another one: it must have the same tokenizer."""
-    model, own = load_model(AutoModelForCausalLM, name, args)
-    if own.get_vocab() != tokenizer.get_vocab():
-        fail(f"{name} has another tokenizer than {args.model}")
-    return model.to(DEVICE)
-
-
-def write_samples(args, policy, tokenizer):
-    """Responses to the first distinct prompts of --data, or golden-labelled pairs of two."""
-    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    prompts = [tuple(p) for p, _, _ in pairs]
-    prompts = [*map(list, prompts if args.other else dict.fromkeys(prompts))][:args.prompts]
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def draw(model):
-        with autocast():
-            return sample(model, prompts, 1, args.max_response_tokens, end_ids(model, tokenizer),
-                          generator, len(tokenizer), args.tokens_per_microbatch)
-
-    responses = draw(policy)
-    if not args.other:
-        decode = partial(tokenizer.decode, skip_special_tokens=True)
-        return [{"prompt_ids": p, "response_ids": r, "prompt": decode(p), "response": decode(r)}
-                for p, r in zip(prompts, responses, strict=True)]
-    if not args.gold:
-        fail("--other needs --gold, which labels the pairs")
-    other, gold = load_other(args.other, tokenizer, args), load_labeller(args.gold, tokenizer, args)
-    pairs = list(zip(prompts, responses, draw(other), strict=True))
-    margins = prefer(gold, pairs, args.tokens_per_microbatch).tolist()
-    print(f"{args.model} is preferred to {args.other} on {sum(m > 0 for m in margins):,} of "
-          f"{len(pairs):,} pairs; {sum(a == b for _, a, b in pairs):,} are equal")
-    return [{"prompt_ids": p, "chosen_ids": a if m >= 0 else b, "rejected_ids": b if m >= 0 else a}
-            for (p, a, b), m in zip(pairs, margins, strict=True)]
-
-
-def follow_stream(args, policy, tokenizer, reference):
-    """Agreement with the golden model in ten parts of a stream: of its labeller, of the policy."""
-    gold, rows = load_labeller(args.gold, tokenizer, args), []
-    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    logps_of = choose_logps(reference, pairs)
-    for part in range(10):
-        start, end = (len(pairs) * i // 10 for i in (part, part + 1))
-        some = [pair for pair in pairs[start:end] if pair[1] != pair[2]][-2 * KL_PROMPTS:]
-        if not some:
-            fail(f"{args.data}: too few pairs to follow ({len(pairs)})")
-        label = prefer(gold, some, args.tokens_per_microbatch).sign()
-        logratios = (batch_logps(policy, logps_of, some, args.tokens_per_microbatch)
-                     - batch_logps(reference, logps_of, some, args.tokens_per_microbatch))
-        agree = (logratios[0] - logratios[1]).sign() * label
-        rows.append({"share_of_stream": (part + 1) / 10, "pairs": len(some),
-                     **mean_se("accuracy_labeller", (label + 1) / 2),
-                     **mean_se("accuracy_policy", (agree + 1) / 2)})
-    return rows
-
-
-def main(args):
-    if os.path.exists(args.out):
-        fail(f"{args.out} exists; choose another --out, or remove it")
-    policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
-    policy.to(DEVICE)
-    if args.command == "sample":
-        rows = write_samples(args, policy, tokenizer)
-    else:
-        reference = load_other(args.reference, tokenizer, args)
-        if args.command == "classify":
-            rows = follow_stream(args, policy, tokenizer, reference)
-        else:
-            metrics, samples = evaluate(policy, load_judge(args, args.data, reference, tokenizer))
-            rows = [metrics]
-            for s in samples[:2]:
-                print(f"> {s['prompt'].strip()}\n  {s['response'].strip()}")
-            for name in (n for n in metrics if f"{n}_se" in metrics):
-                print(f"{name:22} {metrics[name]:8.4f} +- {metrics[name + '_se']:.4f}")
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    with open(args.out + ".tmp" if RANK == 0 else os.devnull, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if RANK == 0:
-        os.replace(args.out + ".tmp", args.out)
-    print(f"{args.out}: written")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 
 With the proxy as labeller this is the paper's online run, with the golden model its golden policy.
 stream.jsonl records D_online: the token ids of every batch in order, exactly as sampled and trained
-on. An offline script with --data stream.jsonl --order kept repeats the run bit for bit on CPU.
+on. An offline script with --data stream.jsonl --shuffle-window 1 repeats the run bit for bit on
+CPU.
 Between online and offline, --refresh-every K samples the responses of K steps at once, from the
 policy before the first of them (semi-online, arXiv:2506.21495). K = --steps is offline, on the
 starting policy's own responses.
@@ -25,11 +26,10 @@ import inspect
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from datetime import timedelta
-from functools import lru_cache, partial, wraps
+from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import islice
 
 import torch
@@ -38,8 +38,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed import fsdp
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -90,281 +88,41 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def fail(message, status=2):
-    """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
-    if RANK > 0 and status > 128:  # a signal stops all processes; the first says so
-        raise SystemExit(status)
-    if RANK > 0:  # what all find out is said by the first, whose end ends the others
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-    print("error:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(status)
+def dpo_loss(logps, ref_logps, beta):
+    """DPO: log(1 + exp(-beta h)) a pair (arXiv:2305.18290, equation 7).
 
-
-def guard(main, args):
-    """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
-    for name, value in vars(args).items():
-        least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
-        if type(value) in (int, float) and not least <= value < 1 << 31:
-            fail(f"--{name.replace('_', '-')} {value} is out of range")
-    try:
-        if RANKS > 1:
-            join()
-        main(args)
-        meet()  # none leaves before the first has written all
-        if RANKS > 1:
-            dist.destroy_process_group()
-    except KeyboardInterrupt:  # before the first step; from there on signals are caught
-        fail("interrupted; what was saved before is whole", 130)
-    except (OSError, SafetensorError) as e:  # a full disk, say
-        fail(f"{getattr(e, 'filename', None) or args.out}: {e}; what was saved before is whole")
-    except (RuntimeError, MemoryError) as e:
-        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
-            fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
-        if isinstance(e, dist.DistError) or "gloo" in str(e):
-            fail("another process of the run has ended; --resume goes on from the checkpoint", 1)
-        raise
-
-
-# ---- many processes: torchrun --nproc-per-node 8 dpo.py ...; skip it at first --------------------
-def join():
-    """Meet the other processes of torchrun; what all of them print is printed by the first."""
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
-                            timeout=timedelta(hours=1))  # the first may be long in writing
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-
-
-def meet():
-    """Wait until all processes are here."""
-    if RANKS > 1:
-        dist.barrier()
-
-
-def shard(model, recompute):
-    """Move a model to the device; of several processes each keeps a share of it (FSDP2).
-
-    A layer is whole only while it runs (on CUDA in bf16: under autocast), all else while a
-    `sharded` function does. Gradients are summed over the processes. `recompute`: of a layer keep
-    only what goes into it, and run it again in the backward pass.
+    logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][::-1]
-    for layer in layers if recompute else ():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                preserve_rng_state=False)
-    if RANKS == 1:
-        return model.to(DEVICE)
-    mesh = dist.init_device_mesh(DEVICE.type, (RANKS,))
-    for module in [*layers, model]:  # what is inside another comes first
-        dtype = torch.bfloat16 if autocast.keywords["enabled"] and module is not model else None
-        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
-                         mp_policy=fsdp.MixedPrecisionPolicy(
-                             dtype, torch.float32, cast_forward_inputs=False))
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    model.run = lambda call: call()
-    fsdp.register_fsdp_forward_method(model, "run")
-    return model
+    h = (logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1])
+    return F.softplus(-beta * h)
 
 
-def sharded(function):
-    """Let function(model, rows), a tensor (..., rows), take a model of `shard`, and no rows at all.
+def ipo_loss(logps, ref_logps, beta):
+    """IPO: (beta h - 1/2)^2 a pair (arXiv:2310.12036, in the form of 2405.08448).
 
-    All processes must call it equally often: one without rows computes a stand-in.
+    logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
     """
-    @wraps(function)
-    def run(model, rows):
-        call = partial(function, model, rows or [([0], [0], [0])])
-        return (model.run(call) if hasattr(model, "run") else call())[..., :len(rows)]
-    return run if RANKS > 1 else function
+    h = (logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1])
+    return (beta * h - 0.5) ** 2
 
 
-def pooled(tensor):
-    """The sum over the processes, each of which has filled in the rows of its share."""
-    if RANKS > 1:
-        dist.all_reduce(tensor)
-    return tensor
+def slic_loss(logps, ref_logps, beta, sft_weight=0.0):
+    """SLiC: max(0, 1 - beta h) - sft_weight * log pi(y_w|x) a pair (arXiv:2402.05749, 2305.10425).
 
-
-def whole(tensor):
-    """A tensor of a sharded model or its optimizer, gathered: all processes must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensors):
-    """The tensors of a dict, whole; of several processes the first has them, on the CPU."""
-    every = ((name, whole(tensor)) for name, tensor in tensors.items())
-    return tensors if RANKS == 1 else {name: x.cpu() for name, x in every if RANK == 0}
-
-
-@torch.no_grad()
-def refresh(actor, policy):
-    """Copy the weights of a sharded policy into `actor`, a whole model that samples; return it."""
-    if actor is not policy:
-        for mine, weight in zip(actor.parameters(), policy.parameters(), strict=True):
-            mine.copy_(whole(weight))
-    return actor
-
-
-# ---- data ----------------------------------------------------------------------------------------
-def read_jsonl(path):
-    """Yield ("path:line", object) of a .jsonl or .jsonl.gz file; what is malformed is an error."""
-    where = path
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
-            for number, line in enumerate(f, 1):
-                where = f"{path}:{number}"
-                if line.strip():
-                    yield where, dict(json.loads(line))
-    except (OSError, EOFError, ValueError, TypeError) as e:  # no file, cut gzip, not JSON
-        fail(f"cannot read {where}: {e}")
-
-
-def chat_text(tokenizer, messages, **options):
-    """Messages through the chat template; its date (Llama 3.2 has one) is the same every day."""
-    same_day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
-    return tokenizer.apply_chat_template(
-        messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
-
-
-def turn_end(tokenizer):
-    """Id of the token that ends a turn in the chat template (Gemma's <end_of_turn>), else EOS."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
-    try:
-        after = chat_text(tokenizer, turns).rpartition("answer")[2]
-    except Exception:  # no template, or one that wants other messages
-        after = ""
-    ids = tokenizer(after, add_special_tokens=False).input_ids
-    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
-
-
-def read_pairs(path, tokenizer, *limits):
-    """Yield each row's (prompt, chosen, rejected) and the id of the token that ends its responses.
-
-    The three are texts. A prompt that is a list of messages is answered up to the end of a turn, a
-    text up to EOS. Rows of a stream (stream.jsonl of an online run) hold three lists of token ids,
-    at most as long as `limits`, which already end as they should: None.
+    logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
     """
-    turn, known = turn_end(tokenizer), range(len(tokenizer))
-    for where, row in read_jsonl(path):
-        try:
-            if "prompt_ids" in row:
-                pair, end = [row[f"{key}_ids"] for key in ("prompt", "chosen", "rejected")], None
-                if not all(0 < len(ids) <= limit and all(type(i) is int and i in known for i in ids)
-                           for ids, limit in zip(pair, limits, strict=True)):
-                    raise ValueError("ids must be the tokenizer's, and at most --max-prompt-tokens "
-                                     "and --max-response-tokens: a stream is never cut")
-            else:
-                prompt, end = row["prompt"], tokenizer.eos_token_id
-                pair = [prompt, *(x if isinstance(x, str) else x[-1]["content"]
-                                  for x in (row["chosen"], row["rejected"]))]
-                if not isinstance(prompt, str):
-                    "".join(m[key] for m in prompt for key in ("role", "content"))  # no null
-                    pair[0], end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
-                "".join(pair).encode()  # neither null nor half a surrogate pair
-        except KeyError as key:
-            fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
-        except Exception as e:  # chat templates raise what they like: an unknown role, say
-            fail(f"{where}: {e}; prompt, chosen and rejected must be texts (tasks.py --text), or "
-                 "messages that the chat template takes")
-        yield pair, end
+    h = (logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1])
+    return F.relu(1 - beta * h) - sft_weight * logps[0]
 
 
-def load_pairs(path, tokenizer, max_prompt, max_response):
-    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+def bo2_loss(logps, ref_logps):
+    """Best-of-2: - log pi(y_w|x) a pair, SFT on the winner (2405.08448, appendix B).
 
-    Prompt and response are tokenised apart; BOS at most once, EOS (of messages the token that ends
-    a turn) exactly once. Over-long prompts lose tokens on the left, over-long responses on the
-    right (and so their EOS): counted, printed. A stream's ids ("prompt_ids", ...) are kept.
+    logps, ref_logps: (2, B) summed log-probs, chosen first; only logps[0] counts. Returns (B,).
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    shared = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
-    pairs, cut_prompts, cut_responses = [], 0, 0
-    rows = read_pairs(path, tokenizer, max_prompt, max_response, max_response)
-    while some := list(islice(rows, 4096)):  # the text of no more rows is held
-        texts = [text for pair, end in some if end is not None for text in pair]
-        encoded = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
-        for pair, end in some:
-            if end is not None:
-                prompt, *responses = islice(encoded, 3)
-                prompt = [bos, *prompt] if adds_bos and prompt[:1] != [bos] else prompt
-                over, kept = max(len(prompt) - max_prompt, 0), int(prompt[:1] == [bos])
-                prompt = prompt[:kept] + prompt[kept + over:] or [eos]  # to predict from something
-                responses = [[i for i in ids if i not in (eos, end)] + [end] for ids in responses]
-                cut_prompts += over > 0
-                cut_responses += sum(len(ids) > max_response for ids in responses)
-                pair = prompt, *(ids[:max_response] for ids in responses)
-            pairs.append(tuple([shared[i] for i in ids] for ids in pair))
-    if not pairs:
-        fail(f"{path}: no pairs in it")
-    print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
-          f"{cut_responses:,} responses on the right")
-    return pairs
+    return -logps[0]
 
 
-def make_batches(steps, batch_size, rows, shuffle_window, seed):
-    """Row numbers of each step's batch: epochs follow each other, no row is left out.
-
-    Rows are shuffled within windows of so many batches, 0 being the whole file. In one batch the
-    order is of no account, so that 1 keeps that of the file.
-    """
-    order, window = [], 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
-    for epoch in range(-(-steps * batch_size // rows)):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        order += [start + i for start in range(0, rows, window)
-                  for i in torch.randperm(min(window, rows - start), generator=generator).tolist()]
-    return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
-
-
-def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
-    """Split a batch into lists of its indices, shortest rows first.
-
-    A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
-    row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
-    Each of several processes gets its share of every list, of some perhaps none: all get as many.
-    """
-    lengths = [sum(map(len, row)) + extra for row in rows]
-    groups, group, real_tokens = [], [], 0
-    for i in sorted(range(len(rows)), key=lengths.__getitem__):
-        real_tokens += lengths[i]
-        fits = max(tokens // lengths[i], 1) * ranks  # rows of this length
-        most = min(fits * lengths[i], real_tokens / (1 - padding))
-        if not group or (len(group) + 1) * lengths[i] > most:
-            group, real_tokens = [], lengths[i]
-            groups.append(group)
-        group.append(i)
-    return groups if ranks == 1 else [group[RANK::ranks] for group in groups]
-
-
-# ---- model, log-probs, loss ----------------------------------------------------------------------
-def load_model(kind, name, args, **options):
-    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub.
-
-    `kind` is the class of transformers to load it by, `options` are for its from_pretrained.
-    """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
-    remote = {"trust_remote_code": args.trust_remote_code}
-    try:
-        model = kind.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, **remote, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
-    except Exception as e:  # many kinds; each means that this model is not to be had
-        fail(f"cannot load a model and its tokenizer from {name}: {str(e)[:200]}")
-    known, embedded = len(tokenizer), model.get_input_embeddings().num_embeddings
-    if tokenizer.eos_token_id is None or not 1 < known <= embedded:
-        fail(f"{name}: its tokenizer has {known} tokens, EOS {tokenizer.eos_token}; needed are an "
-             f"EOS and at most the {embedded} tokens that the model embeds")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
-        fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
-    return model.eval(), tokenizer
-
-
-@sharded
 def plain_logps(model, pairs):
     """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
@@ -406,7 +164,6 @@ def pack_pairs(pairs, device):
         ids, positions, segments, visible, sources, ids[row, column], owners)]
 
 
-@sharded
 def pair_logps(model, pairs):
     """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
@@ -428,65 +185,348 @@ def pair_logps(model, pairs):
     return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
 
 
+def make_batches(steps, batch_size, rows, shuffle_window, seed):
+    """Row numbers of each step's batch: epochs follow each other, no row is left out.
+
+    Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps its order.
+    """
+    order, window = [], 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
+    for epoch in range(-(-steps * batch_size // rows)):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order += [start + i for start in range(0, rows, window)
+                  for i in torch.randperm(min(window, rows - start), generator=generator).tolist()]
+    return [order[i * batch_size:(i + 1) * batch_size] for i in range(steps)]
+
+
+def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
+    """Split a batch into lists of its indices, shortest rows first.
+
+    A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
+    row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
+    Each of several processes gets its share of every list, of some perhaps none: all get as many.
+    """
+    lengths = [sum(map(len, row)) + extra for row in rows]
+    groups, group, real_tokens = [], [], 0
+    for i in sorted(range(len(rows)), key=lengths.__getitem__):
+        real_tokens += lengths[i]
+        fits = max(tokens // lengths[i], 1) * ranks  # rows of this length
+        most = min(fits * lengths[i], real_tokens / (1 - padding))
+        if not group or (len(group) + 1) * lengths[i] > most:
+            group, real_tokens = [], lengths[i]
+            groups.append(group)
+        group.append(i)
+    return groups if ranks == 1 else [group[RANK::ranks] for group in groups]
+
+
+def pick_tokens(logits, noise):
+    """Draw one token a row from softmax(logits) (B, V) by inverting its CDF at noise (B,)."""
+    cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, tokens=1024,
+           greedy=False, static=None):
+    """Sample `per_prompt` responses to each prompt at temperature 1, as lists of token ids.
+
+    Those of one prompt stand side by side; each ends with one of the ids `ends` unless it reached
+    `max_tokens`. Ids from `known` on, which pad the head and no tokenizer has, are never drawn.
+    Left-padded prompts of not too unequal lengths go together: at most `tokens` are computed at
+    once, and their KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an
+    eighth of what training keeps of it), 32 times elsewhere. Rows that have ended leave the batch:
+    at once, or, with `static` shapes (on CUDA), when they are half of it. The noise of every (row,
+    position) is drawn beforehand: neither the grouping nor the leaving changes what a row draws.
+    Of several generators each draws that of an equal share of the prompts.
+    Each of several processes samples its share, with a whole model; all get all.
+    """
+    device, count = model.device, len(prompts) * per_prompt
+    static = device.type == "cuda" if static is None else static
+    slots = tokens * (8 if static else 32)
+    generators = generator if isinstance(generator, list) else [generator]
+    noise = torch.cat([torch.rand(count // len(generators), max_tokens, generator=g,
+                                  dtype=torch.float64) for g in generators]).to(device)
+    drawn = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
+    lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
+    for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
+                                            max_tokens, 0.7)):
+        cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
+                                            max_tokens, tokens, static)
+        rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
+                            device=device)
+        alive, step = torch.ones_like(rows, dtype=torch.bool), None
+        places = real.sum(1, keepdim=True)  # of the first new token
+        ids = torch.empty_like(places)
+        for t in range(max_tokens):
+            logits = logits[:, :known]
+            new = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
+            ids[:, 0] = drawn[rows, t] = new
+            lengths[rows] += alive
+            alive &= (new[:, None] != ends).all(1)
+            left = int(alive.sum())
+            if left == 0 or t + 1 == max_tokens:
+                break
+            if left <= (len(rows) // 2 if static else len(rows) - 1):
+                cut = len(rows) - left  # the shortest rows move into the gaps of those that ended
+                gaps, short = cut + (~alive[cut:]).nonzero()[:, 0], alive[:cut].nonzero()[:, 0]
+                for x in (rows, alive, ids, real, places, *(
+                        x for layer in cache.layers for x in layer.slots)):
+                    x[gaps] = x[short]
+                rows, alive, ids, real, places = (x[cut:] for x in (
+                    rows, alive, ids, real, places))
+                for layer in cache.layers:
+                    layer.slots = [x[cut:] for x in layer.slots]
+                step = None
+            real.index_fill_(1, used, 1)
+            step = step or decoder(model, ids, real, places, cache)
+            logits = step()
+            places += 1
+            used += 1
+    drawn, lengths = pooled(drawn).tolist(), pooled(lengths).tolist()
+    return [x[:n] for x, n in zip(drawn, lengths, strict=True)]
+
+
+@torch.no_grad()
+def batch_logps(model, logps_of, pairs, tokens):
+    """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
+    logps = torch.zeros(2, len(pairs))
+    for group in micro_batches(pairs, tokens):
+        if group or hasattr(model, "logps"):  # what is shared out all processes run
+            logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
+    return pooled(logps)
+
+
+def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
+    """Accumulate the gradient of the batch's mean loss, micro-batch by micro-batch.
+
+    Returns metrics by the names that the field uses. Implicit rewards are beta * (logps -
+    ref_logps); where beta is None (Bo2) there are none.
+    """
+    losses, logps = torch.zeros(len(pairs)), torch.zeros(2, len(pairs))
+    for group in micro_batches(pairs, tokens):
+        with autocast():
+            group_logps = logps_of(policy, [pairs[i] for i in group])  # (2, pairs of the group)
+        loss = loss_fn(group_logps, ref_logps[:, group].to(policy.device))
+        (loss.sum() / len(pairs)).backward()
+        losses[group], logps[:, group] = loss.detach().cpu(), group_logps.detach().cpu()
+    losses, logps = pooled(losses), pooled(logps)
+    metrics = {"loss": losses, "logps/chosen": logps[0]}
+    if beta is not None:
+        chosen, rejected = beta * (logps - ref_logps)
+        metrics |= {"logps/rejected": logps[1], "rewards/chosen": chosen,
+                    "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+                    "rewards/accuracies": (chosen > rejected).float()}
+    return {"tokens": sum(map(len, sum(pairs, ()))),
+            **{name: values.mean().item() for name, values in metrics.items()}}
+
+
+def optimizer_step(model, optimizer, lr, what):
+    """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    if not torch.isfinite(grad_norm):
+        fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
+             "checkpoint were touched. Look at those rows, or start again with a lower --lr")
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"grad_norm": grad_norm.item(), "lr": lr}
+
+
+def sample_pairs(args, policy, labeller, prompts, ends, noise, known):
+    """Two responses a prompt from the policy, labelled: rows of a stream, with the margins.
+
+    noise: a generator for each equal share of the prompts; known: how many ids the tokenizer has.
+    """
+    with autocast():  # around all tokens, so that the weights are cast once
+        responses = sample(policy, prompts, 2, args.max_response_tokens, ends, noise, known,
+                           args.tokens_per_microbatch)
+    pairs = list(zip(prompts, responses[::2], responses[1::2], strict=True))
+    margins = prefer(labeller, pairs, args.tokens_per_microbatch).tolist()
+    return [{"prompt_ids": x, "chosen_ids": a if margin >= 0 else b,
+             "rejected_ids": b if margin >= 0 else a, "margin": abs(margin)}
+            for (x, a, b), margin in zip(pairs, margins, strict=True)]
+
+
+def main(args):
+    open_run(args)
+    policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
+    data = load_pairs(args.prompts, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    batches = make_batches(args.steps, args.batch_size, len(data), 0, args.seed)
+    reference = copy.deepcopy(policy) if args.gold or args.loss != "bo2" else None
+    actor = copy.deepcopy(policy) if RANKS > 1 else policy  # a whole model, to sample from
+    for model in {reference, actor} - {policy, None}:
+        model.to(DEVICE) if args.gold else halve(model)  # evaluation needs fp32
+    labeller, ends = load_labeller(args.labeller, tokenizer, args), end_ids(policy, tokenizer)
+    logps_of, evaluate = choose_logps(policy.to(DEVICE), data), None
+    if args.gold:  # a function of the step
+        from gold_eval import evaluator
+        evaluate = evaluator(args, args.eval_data or args.prompts, policy, tokenizer, logps_of,
+                             reference, actor)
+    policy_logps = shard(policy, logps_of, args.checkpoint_activations)
+    loss_fn = {"ipo": partial(ipo_loss, beta=args.beta), "dpo": partial(dpo_loss, beta=args.beta),
+               "slic": partial(slic_loss, beta=args.beta), "bo2": bo2_loss}[args.loss]
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    stream, waiting = f"{args.out}/stream.jsonl", []
+    for step, metrics in training_steps(args, policy, optimizer, evaluate):
+        rows = batches[step - 1]
+        if (step - 1) % args.refresh_every == 0:  # sample and label the batches of so many steps
+            window = range(step, min(step + args.refresh_every, args.steps + 1))
+            waiting = sample_pairs(
+                args, refresh(actor, policy), labeller,
+                [data[i][0] for s in window for i in batches[s - 1]], ends, [
+                    torch.Generator().manual_seed((args.seed + 1 << 32) + s - 1) for s in window],
+                len(tokenizer))
+            waiting = [{"step": step + i // len(rows), **row} for i, row in enumerate(waiting)]
+            with open(stream if RANK == 0 else os.devnull, "a") as f:
+                f.writelines(json.dumps(row) + "\n" for row in waiting)
+        elif not waiting:  # resumed within a window
+            waiting = [row for row in read_jsonl(stream) if row["step"] >= step]
+        batch, waiting = waiting[:len(rows)], waiting[len(rows):]
+        pairs = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in batch]
+        ties = sum(chosen == rejected for _, chosen, rejected in pairs)
+        ref_logps, beta = torch.zeros(2, len(rows)), None
+        if args.loss == "bo2":
+            pairs = [(prompt, chosen, []) for prompt, chosen, _ in pairs]  # the winners alone
+        else:
+            with autocast():
+                ref_logps, beta = batch_logps(reference, logps_of, pairs,
+                                              args.tokens_per_microbatch), args.beta
+        metrics |= preference_step(policy, policy_logps, loss_fn, pairs, ref_logps, beta,
+                                   args.tokens_per_microbatch)
+        lr = args.lr * min(1.0, step / max(args.warmup, 1))
+        metrics |= optimizer_step(policy, optimizer, lr, f"{args.out}: step {step}, rows {rows}")
+        metrics |= {"ties": ties, "labeller_margin": sum(r["margin"] for r in batch) / len(batch)}
+    finish_run(args, policy, tokenizer, metrics)
+
+
+# ==== The lesson ends here. Below is machinery, the same in every script: model and data ==========
+def load_model(kind, name, args, **options):
+    """(Model in fp32, tokenizer) of a run folder, a model folder or the hub; `kind` loads it."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    path = f"{name}/final" if os.path.isdir(f"{name}/final") else name
+    remote = {"trust_remote_code": args.trust_remote_code}
+    try:
+        model = kind.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, **remote, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+    except Exception as e:  # many kinds; each means that this model is not to be had
+        fail(f"cannot load a model and its tokenizer from {name}: {str(e)[:200]}")
+    known, embedded = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if tokenizer.eos_token_id is None or not 1 < known <= embedded:
+        fail(f"{name}: its tokenizer has {known} tokens, EOS {tokenizer.eos_token}; needed are an "
+             f"EOS and at most the {embedded} tokens that the model embeds")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
+        fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
+    return model.eval(), tokenizer
+
+
 @torch.no_grad()
 def choose_logps(model, pairs):
-    """`pair_logps` where it equals `plain_logps` but for rounding on a few pairs, else the latter.
-
-    Equal is within 1e-4 of (|log-prob| + tokens): ten times what fp32 loses at 50,000 tokens of
-    vocabulary. A mask that the model does not take shows in whole nats.
-    """
+    """`pair_logps` if it equals `plain_logps` but for rounding on a few pairs, else the latter."""
     longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))  # shows a window
-    pairs, gaps = [*pairs[:3], longest], []
-    plain = [plain_logps(model, [pair]) for pair in pairs]
-    try:
-        for pair, logps in zip(pairs, plain, strict=True):
-            tokens = torch.tensor([[len(response)] for response in pair[1:]]).to(logps)
-            gaps.append((pair_logps(model, [pair]) - logps).abs() / (logps.abs() + tokens))
-        worst = torch.stack(gaps).max().item()  # NaN, if there is one
-    except Exception as e:  # the model takes no such mask
-        worst = type(e).__name__
-    if pooled(torch.tensor(int(isinstance(worst, float) and worst < 1e-4))) == RANKS:  # all agree
+    equal = torch.zeros(1)  # fp32 loses 1e-5; a mask that a model does not take costs whole nats
+    with suppress(Exception):
+        equal += all(torch.allclose(
+            pair_logps(model, [pair]), plain_logps(model, [pair]), rtol=1e-4,
+            atol=1e-4 * min(map(len, pair[1:]))) for pair in [*pairs[:3], longest])
+    if pooled(equal) == RANKS:  # all processes find it
         return pair_logps
-    print(f"this model does not take one row a pair (gap {worst}): using plain rows")
+    print("this model does not take one row a pair: using plain rows")
     return plain_logps
 
 
-def dpo_loss(logps, ref_logps, beta):
-    """DPO: log(1 + exp(-beta h)) a pair (arXiv:2305.18290, equation 7).
+def read_jsonl(path, parse=dict, hint=""):
+    """Yield parse(object) of each line of a .jsonl or .jsonl.gz file; what fails is an error."""
+    where = path
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                where = f"{path}:{number}"
+                if line.strip():
+                    yield parse(json.loads(line))
+    except Exception as e:  # no file, a cut gzip, not JSON, whatever a chat template raises
+        fail(f"cannot read {where}: {type(e).__name__}: {e}{hint}")
 
-    logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
+
+def load_pairs(path, tokenizer, max_prompt, max_response):
+    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+
+    Prompt and response are tokenised apart. Over-long prompts lose tokens on the left, over-long
+    responses on the right (and so their EOS): counted, printed.
     """
-    h = (logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1])
-    return F.softplus(-beta * h)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    known = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
+    pairs, cut_prompts, cut_responses = [], 0, 0
+    rows = read_jsonl(path, partial(read_pair, tokenizer, turn_end(tokenizer), (
+        max_prompt, max_response, max_response)), "; prompt, chosen and rejected must be texts "
+        "(tasks.py --text), messages that the chat template takes, or ids of a stream")
+    while some := list(islice(rows, 4096)):  # the text of no more rows is held
+        texts = [text for pair, end in some if end is not None for text in pair]
+        encoded = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+        for pair, end in some:
+            if end is not None:
+                prompt, *responses = islice(encoded, 3)
+                prompt = [bos, *prompt] if adds_bos and prompt[:1] != [bos] else prompt
+                over, kept = max(len(prompt) - max_prompt, 0), int(prompt[:1] == [bos])
+                prompt = prompt[:kept] + prompt[kept + over:] or [eos]  # to predict from something
+                responses = [[i for i in ids if i not in (eos, end)] + [end] for ids in responses]
+                cut_prompts += over > 0
+                cut_responses += sum(len(ids) > max_response for ids in responses)
+                pair = prompt, *(ids[:max_response] for ids in responses)
+            pairs.append(tuple([known[i] for i in ids] for ids in pair))
+    if not pairs:
+        fail(f"{path}: no pairs in it")
+    print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
+          f"{cut_responses:,} responses on the right")
+    return pairs
 
 
-def ipo_loss(logps, ref_logps, beta):
-    """IPO: (beta h - 1/2)^2 a pair (arXiv:2310.12036, in the form of 2405.08448).
-
-    logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
-    """
-    h = (logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1])
-    return (beta * h - 0.5) ** 2
-
-
-def slic_loss(logps, ref_logps, beta, sft_weight=0.0):
-    """SLiC: max(0, 1 - beta h) - sft_weight * log pi(y_w|x) a pair (arXiv:2402.05749, 2305.10425).
-
-    logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
-    """
-    h = (logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1])
-    return F.relu(1 - beta * h) - sft_weight * logps[0]
-
-
-def bo2_loss(logps, ref_logps):
-    """Best-of-2: - log pi(y_w|x) a pair, SFT on the winner (2405.08448, appendix B).
-
-    logps, ref_logps: (2, B) summed log-probs, chosen first; only logps[0] counts. Returns (B,).
-    """
-    return -logps[0]
+def read_pair(tokenizer, turn, limits, row):
+    """Texts of a row, and what ends its responses: `turn`, or EOS; a stream's ids, and None."""
+    if "prompt_ids" in row:
+        pair, known = [row[f"{x}_ids"] for x in ("prompt", "chosen", "rejected")], len(tokenizer)
+        if not all(0 < len(ids) <= limit and all(type(i) is int and 0 <= i < known for i in ids)
+                   for ids, limit in zip(pair, limits, strict=True)):
+            raise ValueError("ids must be the tokenizer's, and at most --max-prompt-tokens and "
+                             "--max-response-tokens: a stream is never cut")
+        return pair, None
+    prompt, end = row["prompt"], tokenizer.eos_token_id
+    if not isinstance(prompt, str):
+        "".join(m[key] for m in prompt for key in ("role", "content"))  # no null
+        prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
+    pair = [prompt, *(x if isinstance(x, str) else x[-1]["content"]
+                      for x in (row["chosen"], row["rejected"]))]
+    "".join(pair).encode()  # neither null nor half a surrogate pair
+    return pair, end
 
 
-# ---- sampling ------------------------------------------------------------------------------------
+def chat_text(tokenizer, messages, **options):
+    """Messages through the chat template; its date (Llama 3.2 has one) is the same every day."""
+    same_day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+    return tokenizer.apply_chat_template(
+        messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
+
+
+def turn_end(tokenizer):
+    """Id of the token that ends a turn in the chat template (Gemma's <end_of_turn>), else EOS."""
+    turns, text = [("user", "?"), ("assistant", "answer")], ""
+    with suppress(Exception):  # no template, or one that wants other messages
+        text = chat_text(tokenizer, [{"role": role, "content": text} for role, text in turns])
+    ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False).input_ids
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
+
+
+# ---- sampling: a KV cache with free slots, and on CUDA graphs -----------------------------------
+def end_ids(model, tokenizer):
+    """Ids that end a response: EOS, the end of a turn, and those of model.generation_config."""
+    said = model.generation_config.eos_token_id if model.generation_config else None
+    said = said if isinstance(said, list) else [said]
+    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *said} - {None})
+
+
 def skip_padding(module, query, key, value, mask, **kwargs):
     """Attention of one new token a row on CPU: in parts of the batch, each without its own padding.
 
@@ -607,311 +647,194 @@ def decoder(model, ids, real, places, cache):
     return replay
 
 
-def pick_tokens(logits, noise):
-    """Draw one token a row from softmax(logits) (B, V) by inverting its CDF at noise (B,)."""
-    cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
-
-
-def end_ids(model, tokenizer):
-    """Ids that end a response: EOS, the end of a turn, and those of model.generation_config."""
-    said = model.generation_config.eos_token_id if model.generation_config else None
-    said = said if isinstance(said, list) else [said]
-    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *said} - {None})
-
-
-@torch.no_grad()
-def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, tokens=1024,
-           greedy=False, static=None):
-    """Sample `per_prompt` responses to each prompt at temperature 1, as lists of token ids.
-
-    Those of one prompt stand side by side; each ends with one of the ids `ends` unless it reached
-    `max_tokens`. Ids from `known` on, which pad the head and no tokenizer has, are never drawn.
-    Left-padded prompts of not too unequal lengths go together: at most `tokens` are computed at
-    once, and their KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an
-    eighth of what training keeps of it), 32 times elsewhere. Rows that have ended leave the batch:
-    at once, or, with `static` shapes (on CUDA), when they are half of it. The noise of every (row,
-    position) is drawn beforehand: neither the grouping nor the leaving changes what a row draws.
-    Of several generators each draws that of an equal share of the prompts.
-    Each of several processes samples its share, with a whole model; all get all.
-    """
-    device, count = model.device, len(prompts) * per_prompt
-    static = device.type == "cuda" if static is None else static
-    slots = tokens * (8 if static else 32)
-    generators = generator if isinstance(generator, list) else [generator]
-    noise = torch.cat([torch.rand(count // len(generators), max_tokens, generator=g,
-                                  dtype=torch.float64) for g in generators]).to(device)
-    drawn = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
-    lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
-    for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
-                                            max_tokens, 0.7)):
-        cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
-                                            max_tokens, tokens, static)
-        rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
-                            device=device)
-        alive, step = torch.ones_like(rows, dtype=torch.bool), None
-        places = real.sum(1, keepdim=True)  # of the first new token
-        ids = torch.empty_like(places)
-        for t in range(max_tokens):
-            logits = logits[:, :known]
-            new = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
-            ids[:, 0] = drawn[rows, t] = new
-            lengths[rows] += alive
-            alive &= (new[:, None] != ends).all(1)
-            left = int(alive.sum())
-            if left == 0 or t + 1 == max_tokens:
-                break
-            if left <= (len(rows) // 2 if static else len(rows) - 1):
-                cut = len(rows) - left  # the shortest rows move into the gaps of those that ended
-                gaps, short = cut + (~alive[cut:]).nonzero()[:, 0], alive[:cut].nonzero()[:, 0]
-                for x in (rows, alive, ids, real, places, *(
-                        x for layer in cache.layers for x in layer.slots)):
-                    x[gaps] = x[short]
-                rows, alive, ids, real, places = (x[cut:] for x in (
-                    rows, alive, ids, real, places))
-                for layer in cache.layers:
-                    layer.slots = [x[cut:] for x in layer.slots]
-                step = None
-            real.index_fill_(1, used, 1)
-            step = step or decoder(model, ids, real, places, cache)
-            logits = step()
-            places += 1
-            used += 1
-    drawn, lengths = pooled(drawn).tolist(), pooled(lengths).tolist()
-    return [x[:n] for x, n in zip(drawn, lengths, strict=True)]
-
-
-# ---- training ------------------------------------------------------------------------------------
-@torch.no_grad()
-def batch_logps(model, logps_of, pairs, tokens):
-    """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
-    logps = torch.zeros(2, len(pairs))
-    for group in micro_batches(pairs, tokens):
-        logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
-    return pooled(logps)
-
-
-def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
-    """Accumulate the gradient of the batch's mean loss, micro-batch by micro-batch.
-
-    Returns metrics by the names that the field uses. Implicit rewards are beta * (logps -
-    ref_logps); where beta is None (Bo2) there are none.
-    """
-    losses, logps = torch.zeros(len(pairs)), torch.zeros(2, len(pairs))
-    for group in micro_batches(pairs, tokens):
-        with autocast():
-            group_logps = logps_of(policy, [pairs[i] for i in group])  # (2, pairs of the group)
-        loss = loss_fn(group_logps, ref_logps[:, group].to(policy.device))
-        (loss.sum() / len(pairs)).backward()
-        losses[group], logps[:, group] = loss.detach().cpu(), group_logps.detach().cpu()
-    losses, logps = pooled(losses), pooled(logps)
-    metrics = {"loss": losses, "logps/chosen": logps[0]}
-    if beta is not None:
-        chosen, rejected = beta * (logps - ref_logps)
-        metrics |= {"logps/rejected": logps[1], "rewards/chosen": chosen,
-                    "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-                    "rewards/accuracies": (chosen > rejected).float()}
-    return {name: values.mean().item() for name, values in metrics.items()}
-
-
-def optimizer_step(model, optimizer, lr, what):
-    """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-    if not torch.isfinite(grad_norm):
-        fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
-             "checkpoint were touched. Look at those rows, or start again with a lower --lr")
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return grad_norm.item()
-
-
 # ---- run folder ----------------------------------------------------------------------------------
 def open_run(args):
     """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
-    if RANK > 0:  # the first does it
-        return meet()
     given = {"script": os.path.basename(__file__), **vars(args)}
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
     if not os.path.exists(f"{args.out}/metrics.jsonl"):
         os.makedirs(args.out, exist_ok=True)
-        here, cuda = os.path.dirname(os.path.abspath(__file__)), DEVICE.type == "cuda"
-        status, commit = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
-        with open(f"{args.out}/args.json", "w") as f:
-            json.dump(given | {"commit": "" if status else commit, "torch": torch.__version__,
-                               "transformers": transformers.__version__,
-                               "device": torch.cuda.get_device_name() if cuda else "cpu"}, f)
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+        with open(f"{args.out}/args.json" if RANK == 0 else os.devnull, "w") as f:
+            json.dump(given | {"torch": torch.__version__, "device": device,
+                               "transformers": transformers.__version__}, f)
     elif not args.resume:
         fail(f"{args.out} exists; go on with --resume, or choose another --out")
-    (_, started), = read_jsonl(f"{args.out}/args.json")
-    free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
-    changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
-    if changed:
-        fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
-    meet()
+    else:
+        started, = read_jsonl(f"{args.out}/args.json")
+        free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
+        changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
+        if changed:
+            fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
 
 
-def training_state(path, model, optimizer):
-    """All that a checkpoint holds, by name; what `path` holds, if it exists, is copied into it.
+def training_steps(args, model, optimizer, evaluate=None, **kept):
+    """Yield (step, a dict for its metrics) from the last checkpoint on; log, evaluate and save.
 
-    The tensors are those of model and optimizer (whose moments are made here): to save is to write
-    them. Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
-    The file is the same however many processes write or read it.
+    A checkpoint holds weights, Adam's moments, the tensors of `kept` and the lengths of the logs,
+    and no generator: every random draw is seeded by the seed and its step or epoch.
     """
-    state = {"done": torch.tensor(0)}
+    path, state, saved = f"{args.out}/checkpoint.safetensors", dict(kept), {"done": 0}
     for name, weight in model.named_parameters():
-        moments = {"step": torch.zeros((), device=weight.device),
-                   "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-        optimizer.state[weight] = moments
+        optimizer.state[weight] = moments = {
+            "step": torch.zeros((), device=weight.device),
+            "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         state |= {f"{k}.{name}": x for k, x in {"weight": weight.detach(), **moments}.items()}
-    try:
-        if os.path.exists(path):
+    if os.path.exists(path):
+        try:
             with safe_open(path, "pt") as f:
+                saved = {name: int(value) for name, value in f.metadata().items()}
                 for name, tensor in state.items():
-                    saved = f.get_tensor(name)
-                    if isinstance(tensor, DTensor):
-                        saved = distribute_tensor(saved, tensor.device_mesh, tensor.placements,
-                                                  src_data_rank=None)
-                    tensor.copy_(saved)
-    except (SafetensorError, RuntimeError) as e:
-        fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
-    return state
-
-
-def cut_jsonl(path, step):
-    """Cut a file of {"step": ...} rows after `step`: a killed run wrote more than it saved."""
-    if RANK > 0:  # the first does it
-        return meet()
-    size = 0
-    with open(path, "ab+") as f:  # makes an empty one at the first start
-        f.seek(0)
-        for number, line in enumerate(f, 1):
-            try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    size += len(line)
-            except (ValueError, KeyError, TypeError):
-                fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
-    os.truncate(path, size)
-    meet()
-
-
-def append_jsonl(path, rows):
-    """Add a line for each row; of several processes the first writes."""
-    if RANK == 0:
-        with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def save_checkpoint(path, state, done):
-    """Write the state after `done` steps."""
-    state["done"].fill_(done)
-    tensors = gathered(state)
-    if RANK == 0:
-        save_file(tensors, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)  # swapped in whole
-    meet()  # were another to end now, torchrun would end the first while it writes
-
-
-def save_model(folder, model, tokenizer):
-    """Write a plain Hugging Face folder; of several processes the first writes."""
-    state = {k: v for k, v in model.state_dict().items() if not isinstance(v, DTensor)}
-    weights = gathered(dict(model.named_parameters()) | state)  # what is tied comes once
-    if RANK == 0:
-        model.save_pretrained(folder, state_dict=weights if RANKS > 1 else None)
-        tokenizer.save_pretrained(folder)
-
-
-def main(args):
-    open_run(args)
-    policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
-    data = load_pairs(args.prompts, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    reference = copy.deepcopy(policy) if args.gold or args.loss != "bo2" else None
-    actor = copy.deepcopy(policy) if RANKS > 1 else policy  # a whole model, to sample from
-    logps_of, ends = choose_logps(policy.to(DEVICE), data), end_ids(policy, tokenizer)
-    shard(policy, args.checkpoint_activations)
-    for model in {reference, actor} - {policy, None}:
-        model.to(DEVICE) if args.gold else halve(model)  # evaluation needs fp32
-    labeller = load_labeller(args.labeller, tokenizer, args)
-    if args.gold:
-        import gold_eval
-        judge = gold_eval.load_judge(args, args.eval_data or args.prompts, reference, tokenizer,
-                                     logps_of)
-    loss_fn = {"ipo": partial(ipo_loss, beta=args.beta), "dpo": partial(dpo_loss, beta=args.beta),
-               "slic": partial(slic_loss, beta=args.beta), "bo2": bo2_loss}[args.loss]
-    batches = make_batches(args.steps, args.batch_size, len(data), 0, args.seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    save_path = f"{args.out}/checkpoint.safetensors"
-    state = training_state(save_path, policy, optimizer)
-    start = int(state["done"])
-    for name in ("metrics", "samples"):
-        cut_jsonl(f"{args.out}/{name}.jsonl", start or -1)
-    stream = f"{args.out}/stream.jsonl"
-    cut_jsonl(stream, -(-start // args.refresh_every) * args.refresh_every)  # a window stays whole
-    waiting = [row for _, row in read_jsonl(stream) if row["step"] > start]
-    if args.gold and not start:  # where training starts from: KL 0, accuracies 1/2
-        metrics = {"step": 0, **gold_eval.evaluate_run(actor, judge, args.out, 0)}
-        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
+                    found = f.get_tensor(name)
+                    if hasattr(tensor, "placements"):  # this process has a share of it
+                        found = dist.tensor.distribute_tensor(
+                            found, tensor.device_mesh, tensor.placements, src_data_rank=None)
+                    tensor.copy_(found)
+        except (SafetensorError, RuntimeError, AttributeError) as e:
+            fail(f"{path} is damaged or of another model ({e}); remove {args.out} to start over")
+    logs = {name: f"{args.out}/{name}.jsonl" for name in ("metrics", "samples", "stream")}
+    for name in [x for x in logs if os.path.exists(logs[x])]:
+        if os.path.getsize(logs[name]) < saved.get(name, 0):
+            fail(f"{logs[name]} is shorter than it was; mend it, or remove {args.out}")
+        os.truncate(logs[name], saved.get(name, 0))  # a killed run wrote more than it saved
+    log = open(logs["metrics"] if RANK == 0 else os.devnull, "a", buffering=1)
+    if evaluate and not saved["done"]:  # where training starts from: KL 0, accuracies 1/2
+        log.write(json.dumps({"step": 0, **evaluate(0)}) + "\n")
     caught = []  # SIGINT or SIGTERM: the step is finished and saved first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(number))
-    bar = tqdm(range(start, args.steps), "online", args.steps, initial=start,
-               disable=RANK > 0 or None)
+    bar = tqdm(range(1, args.steps + 1)[saved["done"]:], args.out, args.steps,
+               initial=saved["done"], disable=RANK > 0 or None)
     for step in bar:
-        done, began, rows = step + 1, time.perf_counter(), batches[step]
-        if step % args.refresh_every == 0:  # sample and label the batches of so many steps
-            window = range(step, min(step + args.refresh_every, args.steps))
-            prompts = [data[i][0] for s in window for i in batches[s]]
-            noise = [torch.Generator().manual_seed((args.seed + 1 << 32) + s) for s in window]
-            with autocast():  # around all tokens, so that the weights are cast once
-                responses = sample(refresh(actor, policy), prompts, 2, args.max_response_tokens,
-                                   ends, noise, len(tokenizer), args.tokens_per_microbatch)
-            sampled = list(zip(prompts, responses[::2], responses[1::2], strict=True))
-            margins = prefer(labeller, sampled, args.tokens_per_microbatch).tolist()
-            waiting = [{"step": step + 1 + i // len(rows), "prompt_ids": x,
-                        "chosen_ids": a if margin >= 0 else b,
-                        "rejected_ids": b if margin >= 0 else a, "margin": abs(margin)}
-                       for i, ((x, a, b), margin) in enumerate(zip(sampled, margins, strict=True))]
-            append_jsonl(stream, waiting)
-        batch, waiting = waiting[:len(rows)], waiting[len(rows):]
-        batch_pairs = [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in batch]
-        ties = sum(chosen == rejected for _, chosen, rejected in batch_pairs)
-        ref_logps, beta = torch.zeros(2, len(rows)), None
-        if args.loss == "bo2":
-            batch_pairs = [(x, chosen, []) for x, chosen, _ in batch_pairs]  # the winners alone
-        else:
-            with autocast():
-                ref_logps, beta = batch_logps(reference, logps_of, batch_pairs,
-                                              args.tokens_per_microbatch), args.beta
-        metrics = preference_step(policy, logps_of, loss_fn, batch_pairs, ref_logps, beta,
-                                  args.tokens_per_microbatch)
-        lr = args.lr * min(1.0, done / max(args.warmup, 1))
-        grad_norm = optimizer_step(policy, optimizer, lr, f"{args.out}: step {done}, rows {rows}")
-        seconds = time.perf_counter() - began  # evaluation not counted
-        tokens_per_s = sum(map(len, sum(batch_pairs, ()))) / seconds
-        metrics = {"step": done, **metrics, "grad_norm": grad_norm, "lr": lr,
-                   "tokens_per_s": round(tokens_per_s), "seconds": seconds, "ties": ties,
-                   "labeller_margin": sum(row["margin"] for row in batch) / len(batch)}
-        if args.gold and (done % args.eval_every == 0 or done == args.steps):
-            metrics |= gold_eval.evaluate_run(refresh(actor, policy), judge, args.out, done)
-        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
-        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in (
-            "loss", "ties", "tokens_per_s", "gold/win_rate") if k in metrics})
+        metrics, began = {"step": step}, time.perf_counter()
+        yield step, metrics
+        metrics["seconds"] = time.perf_counter() - began
+        metrics["tokens_per_s"] = round(metrics.pop("tokens") / metrics["seconds"])
+        if evaluate and (step % args.eval_every == 0 or step == args.steps):
+            metrics |= evaluate(step)
+        log.write(json.dumps(metrics) + "\n")
+        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in metrics if k.endswith((
+            "loss", "accuracy", "accuracies", "ties", "win_rate", "tokens_per_s"))})
         stop = int(pooled(torch.tensor(len(caught))))  # one process may be the first to know
-        if done < args.steps and (stop or done % args.save_every == 0):
-            save_checkpoint(save_path, state, done)
+        if step < args.steps and (stop or step % args.save_every == 0):
+            tensors, sizes = gathered(state), {"done": step}
+            sizes |= {x: os.path.getsize(logs[x]) for x in logs if os.path.exists(logs[x])}
+            if RANK == 0:
+                save_file(tensors, f"{path}.tmp", {name: str(size) for name, size in sizes.items()})
+                os.replace(f"{path}.tmp", path)  # swapped in whole
+            pooled(torch.zeros(1))  # were another to end now, torchrun would end the first
             if stop:
                 number = max(caught, default=signal.SIGTERM)
-                fail(f"{signal.Signals(number).name}: saved step {done} to {save_path}; "
-                     "--resume goes on", 128 + number)
-    save_model(f"{args.out}/final.tmp", policy, tokenizer)
+                fail(f"{signal.Signals(number).name}: saved step {step} to {path}; --resume goes "
+                     "on", 128 + number)
+
+
+def finish_run(args, model, tokenizer, metrics):
+    """Write final/, a plain Hugging Face folder, whole or not at all; the checkpoint goes."""
+    state = {k: v for k, v in model.state_dict().items() if not hasattr(v, "full_tensor")}
+    weights = gathered(dict(model.named_parameters()) | state)  # what is tied comes once
     if RANK == 0:
-        os.replace(f"{args.out}/final.tmp", f"{args.out}/final")  # whole or not at all
-        if os.path.exists(save_path):
-            os.remove(save_path)
+        model.save_pretrained(f"{args.out}/final.tmp", state_dict=weights if RANKS > 1 else None)
+        tokenizer.save_pretrained(f"{args.out}/final.tmp")
+        os.replace(f"{args.out}/final.tmp", f"{args.out}/final")
+        with suppress(FileNotFoundError):
+            os.remove(f"{args.out}/checkpoint.safetensors")
     print(f"{args.out}: {args.steps} steps, " + ", ".join(
         f"{k} {metrics[k]:.4g}" for k in metrics if k.startswith(("loss", "rewards/a", "gold/"))))
+
+
+# ---- many processes: torchrun --nproc-per-node 8 dpo.py ... --------------------------------------
+def shard(model, logps_of, recompute):
+    """Share a model out (FSDP2): a layer is whole only while it runs. Returns its logps_of.
+
+    All processes must call that equally often: one without pairs computes a stand-in. `recompute`:
+    of a layer keep only what goes into it, and run it again in the backward pass.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][::-1]
+    for layer in layers if recompute else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                preserve_rng_state=False)
+    if RANKS == 1:
+        return logps_of
+    from torch.distributed import fsdp  # takes half a second
+    mesh = dist.init_device_mesh(DEVICE.type, (RANKS,))
+    for module in [*layers, model]:  # what is inside another comes first
+        dtype = torch.bfloat16 if autocast.keywords["enabled"] and module is not model else None
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
+                         mp_policy=fsdp.MixedPrecisionPolicy(
+                             dtype, torch.float32, cast_forward_inputs=False))
+        module.set_gradient_divide_factor(1.0)  # gradients are summed over the processes
+        module.set_force_sum_reduction_for_comms(True)
+    model.logps = partial(logps_of, model)
+    fsdp.register_fsdp_forward_method(model, "logps")
+    return lambda model, pairs: model.logps(pairs or [([0], [0], [0])])[..., :len(pairs)]
+
+
+def pooled(tensor):
+    """The sum over the processes, each of which has filled in the rows of its share."""
+    if RANKS > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def whole(tensor):
+    """A tensor of a sharded model or its optimizer, gathered: all processes must call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def refresh(actor, policy):
+    """Copy the weights of a sharded policy into `actor`, a whole model that samples; return it."""
+    if actor is not policy:
+        for mine, weight in zip(actor.parameters(), policy.parameters(), strict=True):
+            mine.copy_(whole(weight))
+    return actor
+
+
+def gathered(tensors):
+    """The tensors of a dict, whole; of several processes the first has them, on the CPU."""
+    every = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return tensors if RANKS == 1 else {name: x.cpu() for name, x in every if RANK == 0}
+
+
+# ---- errors --------------------------------------------------------------------------------------
+def fail(message, status=2):
+    """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
+    if RANK > 0 and status < 128:  # what all find out the first says, whose end ends the others
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    if RANK == 0 or status < 128:  # a signal is said once
+        print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(status)
+
+
+def guard(main, args):
+    """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
+        if type(value) in (int, float) and not least <= value < 1 << 31:
+            fail(f"--{name.replace('_', '-')} {value} is out of range")
+    try:
+        if RANKS > 1:
+            if DEVICE.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
+            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        main(args)
+        if RANKS > 1:
+            dist.barrier()  # none leaves before the first has written all
+            dist.destroy_process_group()
+    except KeyboardInterrupt:  # before the first step; from there on signals are caught
+        fail("interrupted; what was saved before is whole", 130)
+    except (OSError, SafetensorError) as e:  # a full disk, say
+        fail(f"{getattr(e, 'filename', None) or args.out}: {e}; what was saved before is whole")
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
+            fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            fail("another process of the run has ended; --resume goes on from the checkpoint", 1)
+        raise
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
-from datetime import timedelta
-from functools import partial, wraps
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 
 import torch
@@ -32,8 +31,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed import fsdp
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -44,6 +41,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 # bf16 on CUDA, over fp32 master weights; plain fp32 elsewhere
 autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
+SCORE_SCALE = 32  # a mean moves as many times slower than a sum: without it, 1 to 2% less accurate
 
 
 def parse_args(argv=None):
@@ -83,216 +81,97 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def fail(message, status=2):
-    """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
-    if RANK > 0 and status > 128:  # a signal stops all processes; the first says so
-        raise SystemExit(status)
-    if RANK > 0:  # what all find out is said by the first, whose end ends the others
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-    print("error:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(status)
+def pack_pairs(pairs, device):
+    """Lay out B pairs as B rows: the prompt once, both responses behind it.
 
+        tokens    p p p | c c c | r r | .     right-padded to T
+        segment   1 1 1 | 2 2 2 | 3 3 | 0
+        position  0 1 2 | 3 4 5 | 3 4 | 0     the rejected response restarts at the prompt's end
+        source        * | * *   | *           predicts the next token (the last p predicts two)
 
-def guard(main, args):
-    """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
-    for name, value in vars(args).items():
-        least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
-        if type(value) in (int, float) and not least <= value < 1 << 31:
-            fail(f"--{name.replace('_', '-')} {value} is out of range")
-    try:
-        if RANKS > 1:
-            join()
-        main(args)
-        meet()  # none leaves before the first has written all
-        if RANKS > 1:
-            dist.destroy_process_group()
-    except KeyboardInterrupt:  # before the first step; from there on signals are caught
-        fail("interrupted; what was saved before is whole", 130)
-    except (OSError, SafetensorError) as e:  # a full disk, say
-        fail(f"{getattr(e, 'filename', None) or args.out}: {e}; what was saved before is whole")
-    except (RuntimeError, MemoryError) as e:
-        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
-            fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
-        if isinstance(e, dist.DistError) or "gloo" in str(e):
-            fail("another process of the run has ended; --resume goes on from the checkpoint", 1)
-        raise
-
-
-# ---- many processes: torchrun --nproc-per-node 8 dpo.py ...; skip it at first --------------------
-def join():
-    """Meet the other processes of torchrun; what all of them print is printed by the first."""
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
-                            timeout=timedelta(hours=1))  # the first may be long in writing
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-
-
-def meet():
-    """Wait until all processes are here."""
-    if RANKS > 1:
-        dist.barrier()
-
-
-def shard(model, recompute):
-    """Move a model to the device; of several processes each keeps a share of it (FSDP2).
-
-    A layer is whole only while it runs (on CUDA in bf16: under autocast), all else while a
-    `sharded` function does. Gradients are summed over the processes. `recompute`: of a layer keep
-    only what goes into it, and run it again in the backward pass.
+    A token sees the prompt and its own segment up to itself: each response stands as if alone.
+    Returns (ids (B, T), positions (B, T), segments (B, T), visible (B, 1, T, T),
+    sources, targets, owners (N,)): source is an index into B*T, owner into 2*B, chosen first.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][::-1]
-    for layer in layers if recompute else ():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                preserve_rng_state=False)
-    if RANKS == 1:
-        return model.to(DEVICE)
-    mesh = dist.init_device_mesh(DEVICE.type, (RANKS,))
-    for module in [*layers, model]:  # what is inside another comes first
-        dtype = torch.bfloat16 if autocast.keywords["enabled"] and module is not model else None
-        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
-                         mp_policy=fsdp.MixedPrecisionPolicy(
-                             dtype, torch.float32, cast_forward_inputs=False))
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    model.run = lambda call: call()
-    fsdp.register_fsdp_forward_method(model, "run")
-    return model
+    rows = [torch.tensor([x + c + r, [*range(len(x + c)), *range(len(x), len(x + r))],
+                          [1] * len(x) + [2] * len(c) + [3] * len(r)]).T for x, c, r in pairs]
+    ids, positions, segments = pad_sequence(rows, batch_first=True).unbind(-1)  # each (B, T)
+    length = ids.shape[1]
+    query, key = segments[:, None, :, None], segments[:, None, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = causal & ((key == 1) | (key == query))
+    row, column = (segments > 1).nonzero(as_tuple=True)  # of every target
+    prompt_length = (segments == 1).sum(1)[row]
+    is_first = positions[row, column] == prompt_length  # of its response: the last p predicts it
+    sources = row * length + torch.where(is_first, prompt_length, column) - 1
+    owners = row + len(pairs) * (segments[row, column] - 2)
+    return [x.to(device) for x in (
+        ids, positions, segments, visible, sources, ids[row, column], owners)]
 
 
-def sharded(function):
-    """Let function(model, rows), a tensor (..., rows), take a model of `shard`, and no rows at all.
+def preference_logits(model, pairs):
+    """Log-odds (B,) that the first response of each (prompt, first, second) is the better one.
 
-    All processes must call it equally often: one without rows computes a stand-in.
+    With `plain_rows` (see `choose_rows`) the model gets no mask but that of padding; a pointwise
+    one reads each response in a row of its own.
     """
-    @wraps(function)
-    def run(model, rows):
-        call = partial(function, model, rows or [([0], [0], [0])])
-        return (model.run(call) if hasattr(model, "run") else call())[..., :len(rows)]
-    return run if RANKS > 1 else function
+    pairwise = model.config.preference_kind == "pairwise"
+    plain = getattr(model.config, "plain_rows", False)
+    alone = plain and not pairwise
+    rows = [(x, ys[side], []) for side in (0, 1) for x, *ys in pairs] if alone else pairs
+    ids, positions, segments, mask, *_ = pack_pairs(rows, model.device)
+    if plain:
+        mask = (segments > 0).long()
+    elif pairwise:
+        mask = torch.ones_like(mask).tril()  # the second response also sees the first
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                              use_cache=False).last_hidden_state  # (rows, T, D)
+    scores = model.score(hidden).squeeze(-1).float()  # (rows, T)
+    first, second = ((scores * (segments == side)).sum(1) / (segments == side).sum(1).clamp(1)
+                     for side in (2, 3))
+    if alone:
+        first, second = first.chunk(2)
+    return SCORE_SCALE * (first - second)
 
 
-def pooled(tensor):
-    """The sum over the processes, each of which has filled in the rows of its share."""
-    if RANKS > 1:
-        dist.all_reduce(tensor)
-    return tensor
+def swap(pairs):
+    """The same pairs with the two responses exchanged."""
+    return [(prompt, second, first) for prompt, first, second in pairs]
 
 
-def whole(tensor):
-    """A tensor of a sharded model or its optimizer, gathered: all processes must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+@torch.no_grad()
+def both_orders(model, pairs, tokens, logits_of=preference_logits):
+    """Probabilities (2, B) r(x, y1, y2) and r(x, y2, y1); a pointwise model is asked but once.
 
-
-def gathered(tensors):
-    """The tensors of a dict, whole; of several processes the first has them, on the CPU."""
-    every = ((name, whole(tensor)) for name, tensor in tensors.items())
-    return tensors if RANKS == 1 else {name: x.cpu() for name, x in every if RANK == 0}
-
-
-# ---- data ----------------------------------------------------------------------------------------
-def read_jsonl(path):
-    """Yield ("path:line", object) of a .jsonl or .jsonl.gz file; what is malformed is an error."""
-    where = path
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
-            for number, line in enumerate(f, 1):
-                where = f"{path}:{number}"
-                if line.strip():
-                    yield where, dict(json.loads(line))
-    except (OSError, EOFError, ValueError, TypeError) as e:  # no file, cut gzip, not JSON
-        fail(f"cannot read {where}: {e}")
-
-
-def chat_text(tokenizer, messages, **options):
-    """Messages through the chat template; its date (Llama 3.2 has one) is the same every day."""
-    same_day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
-    return tokenizer.apply_chat_template(
-        messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
-
-
-def turn_end(tokenizer):
-    """Id of the token that ends a turn in the chat template (Gemma's <end_of_turn>), else EOS."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
-    try:
-        after = chat_text(tokenizer, turns).rpartition("answer")[2]
-    except Exception:  # no template, or one that wants other messages
-        after = ""
-    ids = tokenizer(after, add_special_tokens=False).input_ids
-    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
-
-
-def read_pairs(path, tokenizer, *limits):
-    """Yield each row's (prompt, chosen, rejected) and the id of the token that ends its responses.
-
-    The three are texts. A prompt that is a list of messages is answered up to the end of a turn, a
-    text up to EOS. Rows of a stream (stream.jsonl of an online run) hold three lists of token ids,
-    at most as long as `limits`, which already end as they should: None.
+    pairs: (prompt, y1, y2) token ids; `tokens` bounds a micro-batch.
     """
-    turn, known = turn_end(tokenizer), range(len(tokenizer))
-    for where, row in read_jsonl(path):
-        try:
-            if "prompt_ids" in row:
-                pair, end = [row[f"{key}_ids"] for key in ("prompt", "chosen", "rejected")], None
-                if not all(0 < len(ids) <= limit and all(type(i) is int and i in known for i in ids)
-                           for ids, limit in zip(pair, limits, strict=True)):
-                    raise ValueError("ids must be the tokenizer's, and at most --max-prompt-tokens "
-                                     "and --max-response-tokens: a stream is never cut")
-            else:
-                prompt, end = row["prompt"], tokenizer.eos_token_id
-                pair = [prompt, *(x if isinstance(x, str) else x[-1]["content"]
-                                  for x in (row["chosen"], row["rejected"]))]
-                if not isinstance(prompt, str):
-                    "".join(m[key] for m in prompt for key in ("role", "content"))  # no null
-                    pair[0], end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
-                "".join(pair).encode()  # neither null nor half a surrogate pair
-        except KeyError as key:
-            fail(f"{where}: missing key {key}; expected prompt, chosen and rejected")
-        except Exception as e:  # chat templates raise what they like: an unknown role, say
-            fail(f"{where}: {e}; prompt, chosen and rejected must be texts (tasks.py --text), or "
-                 "messages that the chat template takes")
-        yield pair, end
+    found = torch.zeros(2, len(pairs), dtype=torch.float64)
+    for rows in micro_batches(pairs, tokens):
+        batch = [pairs[i] for i in rows]
+        if batch or hasattr(model, "logps"):  # what is shared out all processes run
+            with autocast():
+                first = logits_of(model, batch).double().sigmoid()
+                second = (1 - first if model.config.preference_kind == "pointwise" else
+                          logits_of(model, swap(batch)).double().sigmoid())
+            found[:, rows] = torch.stack([first, second]).cpu()
+    return pooled(found)
 
 
-def load_pairs(path, tokenizer, max_prompt, max_response):
-    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+def prefer(model, pairs, tokens=8192):
+    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1): y1 is preferred iff above 0.
 
-    Prompt and response are tokenised apart; BOS at most once, EOS (of messages the token that ends
-    a turn) exactly once. Over-long prompts lose tokens on the left, over-long responses on the
-    right (and so their EOS): counted, printed. A stream's ids ("prompt_ids", ...) are kept.
+    Swapping y1 and y2 flips the sign, so that no position bias is left; two equal responses have
+    margin 0.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    shared = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
-    pairs, cut_prompts, cut_responses = [], 0, 0
-    rows = read_pairs(path, tokenizer, max_prompt, max_response, max_response)
-    while some := list(islice(rows, 4096)):  # the text of no more rows is held
-        texts = [text for pair, end in some if end is not None for text in pair]
-        encoded = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
-        for pair, end in some:
-            if end is not None:
-                prompt, *responses = islice(encoded, 3)
-                prompt = [bos, *prompt] if adds_bos and prompt[:1] != [bos] else prompt
-                over, kept = max(len(prompt) - max_prompt, 0), int(prompt[:1] == [bos])
-                prompt = prompt[:kept] + prompt[kept + over:] or [eos]  # to predict from something
-                responses = [[i for i in ids if i not in (eos, end)] + [end] for ids in responses]
-                cut_prompts += over > 0
-                cut_responses += sum(len(ids) > max_response for ids in responses)
-                pair = prompt, *(ids[:max_response] for ids in responses)
-            pairs.append(tuple([shared[i] for i in ids] for ids in pair))
-    if not pairs:
-        fail(f"{path}: no pairs in it")
-    print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
-          f"{cut_responses:,} responses on the right")
-    return pairs
+    first, second = both_orders(model, pairs, tokens)
+    equal = torch.tensor([a == b for _, a, b in pairs], dtype=torch.bool)
+    return (first - second).masked_fill(equal, 0)
 
 
 def make_batches(steps, batch_size, rows, shuffle_window, seed):
     """Row numbers of each step's batch: epochs follow each other, no row is left out.
 
-    Rows are shuffled within windows of so many batches, 0 being the whole file. In one batch the
-    order is of no account, so that 1 keeps that of the file.
+    Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps its order.
     """
     order, window = [], 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
     for epoch in range(-(-steps * batch_size // rows)):
@@ -322,43 +201,108 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     return groups if ranks == 1 else [group[RANK::ranks] for group in groups]
 
 
-def pack_pairs(pairs, device):
-    """Lay out B pairs as B rows: the prompt once, both responses behind it.
+def preference_model_step(model, logits_of, batch, flip, tokens):
+    """Accumulate the gradient of - log r of the right order, averaged over the batch.
 
-        tokens    p p p | c c c | r r | .     right-padded to T
-        segment   1 1 1 | 2 2 2 | 3 3 | 0
-        position  0 1 2 | 3 4 5 | 3 4 | 0     the rejected response restarts at the prompt's end
-        source        * | * *   | *           predicts the next token (the last p predicts two)
-
-    A token sees the prompt and its own segment up to itself: each response stands as if alone.
-    Returns (ids (B, T), positions (B, T), segments (B, T), visible (B, 1, T, T),
-    sources, targets, owners (N,)): source is an index into B*T, owner into 2*B, chosen first.
+    batch: (prompt, first, second); flip: 1 where the second is the chosen one. Returns metrics.
     """
-    rows = [torch.tensor([x + c + r, [*range(len(x + c)), *range(len(x), len(x + r))],
-                          [1] * len(x) + [2] * len(c) + [3] * len(r)]).T for x, c, r in pairs]
-    ids, positions, segments = pad_sequence(rows, batch_first=True).unbind(-1)  # each (B, T)
-    length = ids.shape[1]
-    query, key = segments[:, None, :, None], segments[:, None, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = causal & ((key == 1) | (key == query))
-    row, column = (segments > 1).nonzero(as_tuple=True)  # of every target
-    prompt_length = (segments == 1).sum(1)[row]
-    is_first = positions[row, column] == prompt_length  # of its response: the last p predicts it
-    sources = row * length + torch.where(is_first, prompt_length, column) - 1
-    owners = row + len(pairs) * (segments[row, column] - 2)
-    return [x.to(device) for x in (
-        ids, positions, segments, visible, sources, ids[row, column], owners)]
+    loss, right = 0.0, 0
+    for group in micro_batches(batch, tokens):
+        sign = torch.tensor([1.0 - 2 * flip[i] for i in group], device=DEVICE)
+        with autocast():
+            logits = sign * logits_of(model, [batch[i] for i in group])
+        nll = F.softplus(-logits).sum() / len(batch)
+        nll.backward()
+        loss, right = loss + nll.item(), right + (logits > 0).sum().item()
+    loss, right = pooled(torch.tensor([loss, right], dtype=torch.float64)).tolist()
+    return {"tokens": sum(map(len, sum(batch, ()))), "loss": loss, "accuracy": right / len(batch)}
 
 
-# ---- training ------------------------------------------------------------------------------------
+def optimizer_step(model, optimizer, lr, what):
+    """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    if not torch.isfinite(grad_norm):
+        fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
+             "checkpoint were touched. Look at those rows, or start again with a lower --lr")
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"grad_norm": grad_norm.item(), "lr": lr}
+
+
+def train(args):
+    """Maximum likelihood on labelled pairs; stops where validation accuracy levels off."""
+    open_run(args)
+    model, tokenizer = load_preference_model(args.model, args, args.kind)
+    pairs, *validation = (
+        load_pairs(path, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+        for path in (args.data, args.validation) if path)
+    held_out = max(1, min(2000, len(pairs) // 20))
+    if validation:
+        validation = validation[0]
+    elif len(pairs) > held_out:
+        pairs, validation = pairs[:-held_out], pairs[-held_out:]
+    else:
+        fail(f"{args.data}: one pair cannot be split into training and validation")
+    choose_rows(model.to(DEVICE), pairs)
+    logits_of = shard(model, preference_logits, args.checkpoint_activations)
+    batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    found = torch.full((-(-args.steps // args.eval_every), 3), -1.0, dtype=torch.float64)
+    for step, metrics in training_steps(args, model, optimizer, found=found):
+        scores = found[:(step - 1) // args.eval_every, 0].tolist()  # validation accuracies so far
+        if scores and scores[::-1].index(max(scores)) >= args.patience:
+            break  # it has levelled off
+        rows, coin = batches[step - 1], torch.Generator().manual_seed(
+            1_000_003 * args.seed + step - 1)
+        flip = torch.randint(2, (len(rows),), generator=coin).tolist()
+        batch = [swap([pairs[i]])[0] if f else pairs[i] for i, f in zip(rows, flip, strict=True)]
+        metrics |= preference_model_step(model, logits_of, batch, flip, args.tokens_per_microbatch)
+        lr = args.lr * min(1.0, step / max(args.warmup, 1))
+        metrics |= optimizer_step(model, optimizer, lr, f"{args.out}: step {step}, rows {rows}")
+        if step % args.eval_every == 0 or step == args.steps:
+            assessed = assess(model, validation, args.tokens_per_microbatch, logits_of)
+            metrics |= {f"validation/{k}": v for k, v in assessed.items()}
+            found[len(scores)] = torch.tensor([*assessed.values()], dtype=torch.float64)
+            if assessed["accuracy"] > max(scores, default=-1):
+                save_model(f"{args.out}/best", model, tokenizer)
+    finish(args, found, pairs, len(validation))
+
+
+def label(args):
+    """Write the pairs with chosen and rejected as the model prefers them; report the flips."""
+    if os.path.exists(args.out):
+        fail(f"{args.out} exists; choose another --out, or remove it")
+    model, tokenizer = load_preference_model(args.model, args)
+    halve(model)
+    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    margins, chunk = [], 4096
+    for i in tqdm(range(0, len(pairs), chunk), "label", disable=RANK > 0 or None):
+        margins += prefer(model, pairs[i:i + chunk], args.tokens_per_microbatch).tolist()
+    flips, ties = sum(m < 0 for m in margins), sum(m == 0 for m in margins)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    with open(args.out + ".tmp" if RANK == 0 else os.devnull, "w", encoding="utf-8") as f:
+        for row, margin in zip(read_jsonl(args.data), margins, strict=True):
+            chosen, rejected = (s + "_ids" * ("chosen_ids" in row) for s in ("chosen", "rejected"))
+            if margin < 0:
+                row[chosen], row[rejected] = row[rejected], row[chosen]
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if RANK == 0:
+        os.replace(args.out + ".tmp", args.out)
+    print(f"{args.out}: {len(pairs):,} pairs, {flips:,} labels flipped ({flips / len(pairs):.1%}), "
+          f"{ties:,} ties kept")
+
+
+def main(args):
+    train(args) if args.command == "train" else label(args)
+
+
+# ==== The lesson ends here. Below is machinery, the same in every script: model and data ==========
 def load_model(kind, name, args, **options):
-    """Load (model in fp32, tokenizer) from a run folder, a model folder or the hub.
-
-    `kind` is the class of transformers to load it by, `options` are for its from_pretrained.
-    """
+    """(Model in fp32, tokenizer) of a run folder, a model folder or the hub; `kind` loads it."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    path = os.path.join(name, "final") if os.path.isdir(os.path.join(name, "final")) else name
+    path = f"{name}/final" if os.path.isdir(f"{name}/final") else name
     remote = {"trust_remote_code": args.trust_remote_code}
     try:
         model = kind.from_pretrained(
@@ -376,114 +320,88 @@ def load_model(kind, name, args, **options):
     return model.eval(), tokenizer
 
 
-def optimizer_step(model, optimizer, lr, what):
-    """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-    if not torch.isfinite(grad_norm):
-        fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
-             "checkpoint were touched. Look at those rows, or start again with a lower --lr")
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return grad_norm.item()
-
-
-def open_run(args):
-    """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
-    if RANK > 0:  # the first does it
-        return meet()
-    given = {"script": os.path.basename(__file__), **vars(args)}
-    if os.path.exists(f"{args.out}/final"):
-        fail(f"{args.out} is finished; choose another --out, or remove it")
-    if not os.path.exists(f"{args.out}/metrics.jsonl"):
-        os.makedirs(args.out, exist_ok=True)
-        here, cuda = os.path.dirname(os.path.abspath(__file__)), DEVICE.type == "cuda"
-        status, commit = subprocess.getstatusoutput(f'git -C "{here}" rev-parse HEAD')
-        with open(f"{args.out}/args.json", "w") as f:
-            json.dump(given | {"commit": "" if status else commit, "torch": torch.__version__,
-                               "transformers": transformers.__version__,
-                               "device": torch.cuda.get_device_name() if cuda else "cpu"}, f)
-    elif not args.resume:
-        fail(f"{args.out} exists; go on with --resume, or choose another --out")
-    (_, started), = read_jsonl(f"{args.out}/args.json")
-    free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
-    changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
-    if changed:
-        fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
-    meet()
-
-
-def training_state(path, model, optimizer):
-    """All that a checkpoint holds, by name; what `path` holds, if it exists, is copied into it.
-
-    The tensors are those of model and optimizer (whose moments are made here): to save is to write
-    them. Nothing else needs saving: every random draw is seeded by the seed and its step or epoch.
-    The file is the same however many processes write or read it.
-    """
-    state = {"done": torch.tensor(0)}
-    for name, weight in model.named_parameters():
-        moments = {"step": torch.zeros((), device=weight.device),
-                   "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-        optimizer.state[weight] = moments
-        state |= {f"{k}.{name}": x for k, x in {"weight": weight.detach(), **moments}.items()}
+def read_jsonl(path, parse=dict, hint=""):
+    """Yield parse(object) of each line of a .jsonl or .jsonl.gz file; what fails is an error."""
+    where = path
     try:
-        if os.path.exists(path):
-            with safe_open(path, "pt") as f:
-                for name, tensor in state.items():
-                    saved = f.get_tensor(name)
-                    if isinstance(tensor, DTensor):
-                        saved = distribute_tensor(saved, tensor.device_mesh, tensor.placements,
-                                                  src_data_rank=None)
-                    tensor.copy_(saved)
-    except (SafetensorError, RuntimeError) as e:
-        fail(f"{path} is damaged or of another model ({e}); remove the run folder to start over")
-    return state
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                where = f"{path}:{number}"
+                if line.strip():
+                    yield parse(json.loads(line))
+    except Exception as e:  # no file, a cut gzip, not JSON, whatever a chat template raises
+        fail(f"cannot read {where}: {type(e).__name__}: {e}{hint}")
 
 
-def cut_jsonl(path, step):
-    """Cut a file of {"step": ...} rows after `step`: a killed run wrote more than it saved."""
-    if RANK > 0:  # the first does it
-        return meet()
-    size = 0
-    with open(path, "ab+") as f:  # makes an empty one at the first start
-        f.seek(0)
-        for number, line in enumerate(f, 1):
-            try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    size += len(line)
-            except (ValueError, KeyError, TypeError):
-                fail(f"{path}:{number}: malformed line; mend it, or remove the run folder")
-    os.truncate(path, size)
-    meet()
+def load_pairs(path, tokenizer, max_prompt, max_response):
+    """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
+
+    Prompt and response are tokenised apart. Over-long prompts lose tokens on the left, over-long
+    responses on the right (and so their EOS): counted, printed.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    known = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
+    pairs, cut_prompts, cut_responses = [], 0, 0
+    rows = read_jsonl(path, partial(read_pair, tokenizer, turn_end(tokenizer), (
+        max_prompt, max_response, max_response)), "; prompt, chosen and rejected must be texts "
+        "(tasks.py --text), messages that the chat template takes, or ids of a stream")
+    while some := list(islice(rows, 4096)):  # the text of no more rows is held
+        texts = [text for pair, end in some if end is not None for text in pair]
+        encoded = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+        for pair, end in some:
+            if end is not None:
+                prompt, *responses = islice(encoded, 3)
+                prompt = [bos, *prompt] if adds_bos and prompt[:1] != [bos] else prompt
+                over, kept = max(len(prompt) - max_prompt, 0), int(prompt[:1] == [bos])
+                prompt = prompt[:kept] + prompt[kept + over:] or [eos]  # to predict from something
+                responses = [[i for i in ids if i not in (eos, end)] + [end] for ids in responses]
+                cut_prompts += over > 0
+                cut_responses += sum(len(ids) > max_response for ids in responses)
+                pair = prompt, *(ids[:max_response] for ids in responses)
+            pairs.append(tuple([known[i] for i in ids] for ids in pair))
+    if not pairs:
+        fail(f"{path}: no pairs in it")
+    print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
+          f"{cut_responses:,} responses on the right")
+    return pairs
 
 
-def append_jsonl(path, rows):
-    """Add a line for each row; of several processes the first writes."""
-    if RANK == 0:
-        with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+def read_pair(tokenizer, turn, limits, row):
+    """Texts of a row, and what ends its responses: `turn`, or EOS; a stream's ids, and None."""
+    if "prompt_ids" in row:
+        pair, known = [row[f"{x}_ids"] for x in ("prompt", "chosen", "rejected")], len(tokenizer)
+        if not all(0 < len(ids) <= limit and all(type(i) is int and 0 <= i < known for i in ids)
+                   for ids, limit in zip(pair, limits, strict=True)):
+            raise ValueError("ids must be the tokenizer's, and at most --max-prompt-tokens and "
+                             "--max-response-tokens: a stream is never cut")
+        return pair, None
+    prompt, end = row["prompt"], tokenizer.eos_token_id
+    if not isinstance(prompt, str):
+        "".join(m[key] for m in prompt for key in ("role", "content"))  # no null
+        prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
+    pair = [prompt, *(x if isinstance(x, str) else x[-1]["content"]
+                      for x in (row["chosen"], row["rejected"]))]
+    "".join(pair).encode()  # neither null nor half a surrogate pair
+    return pair, end
 
 
-def save_checkpoint(path, state, done):
-    """Write the state after `done` steps."""
-    state["done"].fill_(done)
-    tensors = gathered(state)
-    if RANK == 0:
-        save_file(tensors, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)  # swapped in whole
-    meet()  # were another to end now, torchrun would end the first while it writes
+def chat_text(tokenizer, messages, **options):
+    """Messages through the chat template; its date (Llama 3.2 has one) is the same every day."""
+    same_day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
+    return tokenizer.apply_chat_template(
+        messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
 
 
-def save_model(folder, model, tokenizer):
-    """Write a plain Hugging Face folder; of several processes the first writes."""
-    state = {k: v for k, v in model.state_dict().items() if not isinstance(v, DTensor)}
-    weights = gathered(dict(model.named_parameters()) | state)  # what is tied comes once
-    if RANK == 0:
-        model.save_pretrained(folder, state_dict=weights if RANKS > 1 else None)
-        tokenizer.save_pretrained(folder)
+def turn_end(tokenizer):
+    """Id of the token that ends a turn in the chat template (Gemma's <end_of_turn>), else EOS."""
+    turns, text = [("user", "?"), ("assistant", "answer")], ""
+    with suppress(Exception):  # no template, or one that wants other messages
+        text = chat_text(tokenizer, [{"role": role, "content": text} for role, text in turns])
+    ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False).input_ids
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
 
 
-# ---- the preference model ------------------------------------------------------------------------
 def load_preference_model(name, args, kind=None):
     """Load (preference model in fp32, tokenizer); `kind` starts one from a language model.
 
@@ -522,68 +440,6 @@ def halve(model):
     return model.to(DEVICE)
 
 
-SCORE_SCALE = 32  # a mean moves as many times slower than a sum: without it, 1 to 2% less accurate
-
-
-@sharded
-def preference_logits(model, pairs):
-    """Log-odds (B,) that the first response of each (prompt, first, second) is the better one.
-
-    With `plain_rows` (see `choose_rows`) the model gets no mask but that of padding; a pointwise
-    one reads each response in a row of its own.
-    """
-    pairwise = model.config.preference_kind == "pairwise"
-    plain = getattr(model.config, "plain_rows", False)
-    alone = plain and not pairwise
-    rows = [(x, ys[side], []) for side in (0, 1) for x, *ys in pairs] if alone else pairs
-    ids, positions, segments, mask, *_ = pack_pairs(rows, model.device)
-    if plain:
-        mask = (segments > 0).long()
-    elif pairwise:
-        mask = torch.ones_like(mask).tril()  # the second response also sees the first
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                              use_cache=False).last_hidden_state  # (rows, T, D)
-    scores = model.score(hidden).squeeze(-1).float()  # (rows, T)
-    first, second = ((scores * (segments == side)).sum(1) / (segments == side).sum(1).clamp(1)
-                     for side in (2, 3))
-    if alone:
-        first, second = first.chunk(2)
-    return SCORE_SCALE * (first - second)
-
-
-def swap(pairs):
-    """The same pairs with the two responses exchanged."""
-    return [(prompt, second, first) for prompt, first, second in pairs]
-
-
-@torch.no_grad()
-def both_orders(model, pairs, tokens):
-    """Probabilities (2, B) r(x, y1, y2) and r(x, y2, y1); a pointwise model is asked but once.
-
-    pairs: (prompt, y1, y2) token ids; `tokens` bounds a micro-batch.
-    """
-    found = torch.zeros(2, len(pairs), dtype=torch.float64)
-    for rows in micro_batches(pairs, tokens):
-        batch = [pairs[i] for i in rows]
-        with autocast():
-            first = preference_logits(model, batch).double().sigmoid()
-            second = (1 - first if model.config.preference_kind == "pointwise" else
-                      preference_logits(model, swap(batch)).double().sigmoid())
-        found[:, rows] = torch.stack([first, second]).cpu()
-    return pooled(found)
-
-
-def prefer(model, pairs, tokens=8192):
-    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1): y1 is preferred iff above 0.
-
-    Swapping y1 and y2 flips the sign, so that no position bias is left; two equal responses have
-    margin 0.
-    """
-    first, second = both_orders(model, pairs, tokens)
-    equal = torch.tensor([a == b for _, a, b in pairs], dtype=torch.bool)
-    return (first - second).masked_fill(equal, 0)
-
-
 @torch.no_grad()
 def choose_rows(model, pairs):
     """Use plain rows where the backbone's attention does not take the mask of one row a pair.
@@ -611,13 +467,13 @@ def choose_rows(model, pairs):
         print(f"this backbone does not take one row a pair (gap {gap:.2g}): using plain rows")
 
 
-def assess(model, pairs, tokens):
+def assess(model, pairs, tokens, logits_of=preference_logits):
     """How well the model predicts labelled pairs (prompt, chosen, rejected), and how sure it is.
 
     Accuracy judges both ways; ece is the expected calibration error of the probability of the
     preferred side over 10 bins; order_disagreement the share of pairs whose two orders disagree.
     """
-    first, second = both_orders(model, pairs, tokens)
+    first, second = both_orders(model, pairs, tokens, logits_of)
     chosen = (first + 1 - second) / 2  # probability that the chosen side is better, both ways
     sure, right = torch.maximum(chosen, 1 - chosen), (chosen > 0.5).double()
     bins = ((sure - 0.5) * 20).long().clamp(max=9)
@@ -627,117 +483,205 @@ def assess(model, pairs, tokens):
             "order_disagreement": ((first > 0.5) == (second > 0.5)).double().mean().item()}
 
 
-def train(args):
-    """Maximum likelihood on labelled pairs; stops where validation accuracy levels off."""
-    open_run(args)
-    model, tokenizer = load_preference_model(args.model, args, args.kind)
-    pairs, *validation = (
-        load_pairs(path, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-        for path in (args.data, args.validation) if path)
-    held_out = max(1, min(2000, len(pairs) // 20))
-    if validation:
-        validation = validation[0]
-    elif len(pairs) > held_out:
-        pairs, validation = pairs[:-held_out], pairs[-held_out:]
+def finish(args, found, pairs, held_out):
+    """The best model becomes final/; assessment.json says how good it is, on how many pairs.
+
+    found: (evaluations, 3) accuracy, ece, order_disagreement on validation pairs; -1: not made.
+    """
+    pooled(torch.zeros(1))  # none reads the best before it is written
+    scores = [score for score in found[:, 0].tolist() if score >= 0]
+    best = scores.index(max(scores))  # of equals the first
+    done, step = (min(i * args.eval_every, args.steps) for i in (len(scores), best + 1))
+    model = load_preference_model(f"{args.out}/best", args)[0].to(DEVICE)
+    trained = assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"]
+    accuracy, ece, disagreement = found[best].tolist()
+    if RANK == 0:
+        with open(f"{args.out}/assessment.json", "w") as f:
+            json.dump({"step": step, "accuracy": accuracy, "ece": ece,
+                       "order_disagreement": disagreement, "train_accuracy": trained,
+                       "pairs": held_out}, f)
+        os.replace(f"{args.out}/best", f"{args.out}/final")
+        with suppress(FileNotFoundError):
+            os.remove(f"{args.out}/checkpoint.safetensors")
+    print(f"{args.out}: {args.kind}, best at step {step} of {done}: validation accuracy "
+          f"{accuracy:.3f} of {held_out} pairs (train {trained:.3f}), ECE {ece:.3f}, the two "
+          f"orders disagree on {disagreement:.1%}")
+
+
+# ---- run folder ----------------------------------------------------------------------------------
+def open_run(args):
+    """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
+    given = {"script": os.path.basename(__file__), **vars(args)}
+    if os.path.exists(f"{args.out}/final"):
+        fail(f"{args.out} is finished; choose another --out, or remove it")
+    if not os.path.exists(f"{args.out}/metrics.jsonl"):
+        os.makedirs(args.out, exist_ok=True)
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+        with open(f"{args.out}/args.json" if RANK == 0 else os.devnull, "w") as f:
+            json.dump(given | {"torch": torch.__version__, "device": device,
+                               "transformers": transformers.__version__}, f)
+    elif not args.resume:
+        fail(f"{args.out} exists; go on with --resume, or choose another --out")
     else:
-        fail(f"{args.data}: one pair cannot be split into training and validation")
-    choose_rows(model.to(DEVICE), pairs)
-    shard(model, args.checkpoint_activations)
-    batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    save_path, best = f"{args.out}/checkpoint.safetensors", f"{args.out}/best"
-    state = training_state(save_path, model, optimizer)
-    start = done = int(state["done"])
-    cut_jsonl(f"{args.out}/metrics.jsonl", start)
-    history = [row for _, row in read_jsonl(f"{args.out}/metrics.jsonl")
-               if "validation/accuracy" in row]
+        started, = read_jsonl(f"{args.out}/args.json")
+        free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
+        changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
+        if changed:
+            fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
+
+
+def training_steps(args, model, optimizer, evaluate=None, **kept):
+    """Yield (step, a dict for its metrics) from the last checkpoint on; log, evaluate and save.
+
+    A checkpoint holds weights, Adam's moments, the tensors of `kept` and the lengths of the logs,
+    and no generator: every random draw is seeded by the seed and its step or epoch.
+    """
+    path, state, saved = f"{args.out}/checkpoint.safetensors", dict(kept), {"done": 0}
+    for name, weight in model.named_parameters():
+        optimizer.state[weight] = moments = {
+            "step": torch.zeros((), device=weight.device),
+            "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        state |= {f"{k}.{name}": x for k, x in {"weight": weight.detach(), **moments}.items()}
+    if os.path.exists(path):
+        try:
+            with safe_open(path, "pt") as f:
+                saved = {name: int(value) for name, value in f.metadata().items()}
+                for name, tensor in state.items():
+                    found = f.get_tensor(name)
+                    if hasattr(tensor, "placements"):  # this process has a share of it
+                        found = dist.tensor.distribute_tensor(
+                            found, tensor.device_mesh, tensor.placements, src_data_rank=None)
+                    tensor.copy_(found)
+        except (SafetensorError, RuntimeError, AttributeError) as e:
+            fail(f"{path} is damaged or of another model ({e}); remove {args.out} to start over")
+    logs = {name: f"{args.out}/{name}.jsonl" for name in ("metrics", "samples", "stream")}
+    for name in [x for x in logs if os.path.exists(logs[x])]:
+        if os.path.getsize(logs[name]) < saved.get(name, 0):
+            fail(f"{logs[name]} is shorter than it was; mend it, or remove {args.out}")
+        os.truncate(logs[name], saved.get(name, 0))  # a killed run wrote more than it saved
+    log = open(logs["metrics"] if RANK == 0 else os.devnull, "a", buffering=1)
+    if evaluate and not saved["done"]:  # where training starts from: KL 0, accuracies 1/2
+        log.write(json.dumps({"step": 0, **evaluate(0)}) + "\n")
     caught = []  # SIGINT or SIGTERM: the step is finished and saved first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(number))
-    bar = tqdm(range(start, args.steps), "reward", args.steps, initial=start,
-               disable=RANK > 0 or None)
+    bar = tqdm(range(1, args.steps + 1)[saved["done"]:], args.out, args.steps,
+               initial=saved["done"], disable=RANK > 0 or None)
     for step in bar:
-        scores = [row["validation/accuracy"] for row in history]
-        if scores and scores[::-1].index(max(scores)) >= args.patience:
-            break  # it has levelled off
-        done, began, rows = step + 1, time.perf_counter(), batches[step]
-        coin = torch.Generator().manual_seed(1_000_003 * args.seed + step)
-        flip = torch.randint(2, (len(rows),), generator=coin).tolist()
-        batch = [swap([pairs[i]])[0] if f else pairs[i] for i, f in zip(rows, flip, strict=True)]
-        loss, right = 0.0, 0
-        for group in micro_batches(batch, args.tokens_per_microbatch):
-            sign = torch.tensor([1.0 - 2 * flip[i] for i in group], device=DEVICE)
-            with autocast():
-                logits = sign * preference_logits(model, [batch[i] for i in group])
-            nll = F.softplus(-logits).sum() / len(batch)  # - log r of the right order
-            nll.backward()
-            loss, right = loss + nll.item(), right + (logits > 0).sum().item()
-        loss, right = pooled(torch.tensor([loss, right], dtype=torch.float64)).tolist()
-        lr = args.lr * min(1.0, done / max(args.warmup, 1))
-        grad_norm = optimizer_step(model, optimizer, lr, f"{args.out}: step {done}, rows {rows}")
-        tokens_per_s = sum(map(len, sum(batch, ()))) / (time.perf_counter() - began)
-        metrics = {"step": done, "loss": loss, "accuracy": right / len(batch),
-                   "grad_norm": grad_norm, "lr": lr, "tokens_per_s": round(tokens_per_s)}
-        if done % args.eval_every == 0 or done == args.steps:
-            found = assess(model, validation, args.tokens_per_microbatch)
-            metrics |= {f"validation/{k}": v for k, v in found.items()}
-            if found["accuracy"] > max(scores, default=-1):
-                save_model(best, model, tokenizer)
-            history.append(metrics)
-        append_jsonl(f"{args.out}/metrics.jsonl", [metrics])
-        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in (
-            "loss", "accuracy", "validation/accuracy", "tokens_per_s") if k in metrics})
+        metrics, began = {"step": step}, time.perf_counter()
+        yield step, metrics
+        metrics["seconds"] = time.perf_counter() - began
+        metrics["tokens_per_s"] = round(metrics.pop("tokens") / metrics["seconds"])
+        if evaluate and (step % args.eval_every == 0 or step == args.steps):
+            metrics |= evaluate(step)
+        log.write(json.dumps(metrics) + "\n")
+        bar.set_postfix({k: f"{metrics[k]:.3g}" for k in metrics if k.endswith((
+            "loss", "accuracy", "accuracies", "ties", "win_rate", "tokens_per_s"))})
         stop = int(pooled(torch.tensor(len(caught))))  # one process may be the first to know
-        if done < args.steps and (stop or done % args.save_every == 0):
-            save_checkpoint(save_path, state, done)
+        if step < args.steps and (stop or step % args.save_every == 0):
+            tensors, sizes = gathered(state), {"done": step}
+            sizes |= {x: os.path.getsize(logs[x]) for x in logs if os.path.exists(logs[x])}
+            if RANK == 0:
+                save_file(tensors, f"{path}.tmp", {name: str(size) for name, size in sizes.items()})
+                os.replace(f"{path}.tmp", path)  # swapped in whole
+            pooled(torch.zeros(1))  # were another to end now, torchrun would end the first
             if stop:
                 number = max(caught, default=signal.SIGTERM)
-                fail(f"{signal.Signals(number).name}: saved step {done} to {save_path}; "
-                     "--resume goes on", 128 + number)
-    row = max(history, key=lambda row: row["validation/accuracy"])  # of equals the first
-    meet()  # none reads the best before it is written
-    model = load_preference_model(best, args)[0].to(DEVICE)
-    found = {k: row[f"validation/{k}"] for k in ("accuracy", "ece", "order_disagreement")} | {
-        "train_accuracy": assess(model, pairs[:2000], args.tokens_per_microbatch)["accuracy"],
-        "pairs": len(validation)}
+                fail(f"{signal.Signals(number).name}: saved step {step} to {path}; --resume goes "
+                     "on", 128 + number)
+
+
+def save_model(folder, model, tokenizer):
+    """Write a plain Hugging Face folder; of several processes the first writes."""
+    state = {k: v for k, v in model.state_dict().items() if not hasattr(v, "full_tensor")}
+    weights = gathered(dict(model.named_parameters()) | state)  # what is tied comes once
     if RANK == 0:
-        with open(f"{args.out}/assessment.json", "w") as f:
-            json.dump({"step": row["step"], **found}, f)
-        os.replace(best, f"{args.out}/final")
-        if os.path.exists(save_path):
-            os.remove(save_path)
-    print(f"{args.out}: {args.kind}, best at step {row['step']} of {done}: validation accuracy "
-          f"{found['accuracy']:.3f} of {len(validation)} pairs (train "
-          f"{found['train_accuracy']:.3f}), ECE {found['ece']:.3f}, "
-          f"the two orders disagree on {found['order_disagreement']:.1%}")
+        model.save_pretrained(folder, state_dict=weights if RANKS > 1 else None)
+        tokenizer.save_pretrained(folder)
 
 
-def label(args):
-    """Write the pairs with chosen and rejected as the model prefers them; report the flips."""
-    if os.path.exists(args.out):
-        fail(f"{args.out} exists; choose another --out, or remove it")
-    model, tokenizer = load_preference_model(args.model, args)
-    halve(model)
-    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    margins, chunk = [], 4096
-    for i in tqdm(range(0, len(pairs), chunk), "label", disable=RANK > 0 or None):
-        margins += prefer(model, pairs[i:i + chunk], args.tokens_per_microbatch).tolist()
-    flips, ties = sum(m < 0 for m in margins), sum(m == 0 for m in margins)
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    with open(args.out + ".tmp" if RANK == 0 else os.devnull, "w", encoding="utf-8") as f:
-        for (_, row), margin in zip(read_jsonl(args.data), margins, strict=True):
-            chosen, rejected = (s + "_ids" * ("chosen_ids" in row) for s in ("chosen", "rejected"))
-            if margin < 0:
-                row[chosen], row[rejected] = row[rejected], row[chosen]
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if RANK == 0:
-        os.replace(args.out + ".tmp", args.out)
-    print(f"{args.out}: {len(pairs):,} pairs, {flips:,} labels flipped ({flips / len(pairs):.1%}), "
-          f"{ties:,} ties kept")
+# ---- many processes: torchrun --nproc-per-node 8 dpo.py ... --------------------------------------
+def shard(model, logps_of, recompute):
+    """Share a model out (FSDP2): a layer is whole only while it runs. Returns its logps_of.
+
+    All processes must call that equally often: one without pairs computes a stand-in. `recompute`:
+    of a layer keep only what goes into it, and run it again in the backward pass.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][::-1]
+    for layer in layers if recompute else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                preserve_rng_state=False)
+    if RANKS == 1:
+        return logps_of
+    from torch.distributed import fsdp  # takes half a second
+    mesh = dist.init_device_mesh(DEVICE.type, (RANKS,))
+    for module in [*layers, model]:  # what is inside another comes first
+        dtype = torch.bfloat16 if autocast.keywords["enabled"] and module is not model else None
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
+                         mp_policy=fsdp.MixedPrecisionPolicy(
+                             dtype, torch.float32, cast_forward_inputs=False))
+        module.set_gradient_divide_factor(1.0)  # gradients are summed over the processes
+        module.set_force_sum_reduction_for_comms(True)
+    model.logps = partial(logps_of, model)
+    fsdp.register_fsdp_forward_method(model, "logps")
+    return lambda model, pairs: model.logps(pairs or [([0], [0], [0])])[..., :len(pairs)]
 
 
-def main(args):
-    train(args) if args.command == "train" else label(args)
+def pooled(tensor):
+    """The sum over the processes, each of which has filled in the rows of its share."""
+    if RANKS > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def whole(tensor):
+    """A tensor of a sharded model or its optimizer, gathered: all processes must call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gathered(tensors):
+    """The tensors of a dict, whole; of several processes the first has them, on the CPU."""
+    every = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return tensors if RANKS == 1 else {name: x.cpu() for name, x in every if RANK == 0}
+
+
+# ---- errors --------------------------------------------------------------------------------------
+def fail(message, status=2):
+    """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
+    if RANK > 0 and status < 128:  # what all find out the first says, whose end ends the others
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    if RANK == 0 or status < 128:  # a signal is said once
+        print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(status)
+
+
+def guard(main, args):
+    """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
+        if type(value) in (int, float) and not least <= value < 1 << 31:
+            fail(f"--{name.replace('_', '-')} {value} is out of range")
+    try:
+        if RANKS > 1:
+            if DEVICE.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
+            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        main(args)
+        if RANKS > 1:
+            dist.barrier()  # none leaves before the first has written all
+            dist.destroy_process_group()
+    except KeyboardInterrupt:  # before the first step; from there on signals are caught
+        fail("interrupted; what was saved before is whole", 130)
+    except (OSError, SafetensorError) as e:  # a full disk, say
+        fail(f"{getattr(e, 'filename', None) or args.out}: {e}; what was saved before is whole")
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
+            fail("out of memory; lower --tokens-per-microbatch or --max-prompt-tokens")
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            fail("another process of the run has ended; --resume goes on from the checkpoint", 1)
+        raise
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def make_qwen(data, folder):
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rows = [row for _, row in dpo.read_jsonl(data)]
+    rows = list(dpo.read_jsonl(data))
     bpe.train_from_iterator((row["prompt"] + row["chosen"] for row in rows), trainers.BpeTrainer(
         vocab_size=16000, special_tokens=["<pad>", "<eos>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -224,7 +224,7 @@ def trl_step(args):
             sync()
             ends.append(time.perf_counter())
 
-    rows = Dataset.from_list([row for _, row in dpo.read_jsonl(args.data)])
+    rows = Dataset.from_list(list(dpo.read_jsonl(args.data)))
     with tempfile.TemporaryDirectory() as folder:
         DPOTrainer(
             model=transformers.AutoModelForCausalLM.from_pretrained(

@@ -122,12 +122,13 @@ def test_a_backbone_that_takes_no_mask_gets_plain_rows(capsys):
     assert not torch.allclose(wrong, truth, atol=1e-3)
 
 
-def test_assess_by_hand(monkeypatch):
+def test_assess_by_hand():
     """Two sure and right, one unsure and wrong: accuracy 2/3, calibration error by hand."""
     logit = {5: math.log(9), 6: math.log(9), 7: math.log(0.4 / 0.6)}
-    monkeypatch.setattr(reward, "preference_logits", lambda model, pairs: torch.tensor(
-        [logit[a[0]] if a[0] in logit else -logit[b[0]] for _, a, b in pairs]))
-    found = reward.assess(preference_model("pointwise"), [([2], [i], [3]) for i in (5, 6, 7)], 100)
+    found = reward.assess(
+        preference_model("pointwise"), [([2], [i], [3]) for i in (5, 6, 7)], 100,
+        lambda model, pairs: torch.tensor([
+            logit[a[0]] if a[0] in logit else -logit[b[0]] for _, a, b in pairs]))
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["order_disagreement"] == 0
     assert found["ece"] == pytest.approx(2 / 3 * abs(0.9 - 1) + 1 / 3 * abs(0.6 - 0), abs=1e-5)

@@ -87,7 +87,7 @@ def test_a_family_through_every_stage(tmp_path, family, capsys):
             assert max(ids) < len(tokenizer)  # the model's head is larger
             ends = [i for i, token in enumerate(ids) if token in (0, 3)]
             assert ends == [len(ids) - 1] if len(ids) < 40 else ends in ([], [39])
-    train("ipo", f"{tmp_path}/replay", data=f"{tmp_path}/online/stream.jsonl", order="kept",
+    train("ipo", f"{tmp_path}/replay", data=f"{tmp_path}/online/stream.jsonl", shuffle_window=1,
           **start)
     assert same_weights(f"{tmp_path}/replay", f"{tmp_path}/online")
 

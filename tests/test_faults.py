@@ -18,7 +18,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, Fork, flags, rows_of, same_weights, script
+from conftest import ROOT, Fork, flags, rows_of, same_weights, script, tiny
 from test_data import load, pair, tokenizer
 from test_scripts import timeless
 
@@ -293,19 +293,36 @@ def test_out_of_memory_names_the_flag(capsys):
         dpo.guard(bug, args)
 
 
-def test_half_lines_are_dropped_and_damaged_ones_named(tmp_path, capsys):
+def test_logs_are_cut_back_to_the_checkpoint(toy, tmp_path, capsys):
+    """What was logged after it goes, half lines too; a log that has lost lines is named."""
     import dpo
 
-    path = tmp_path / "metrics.jsonl"
-    whole = b'{"step": 1}\n{"step": 2}\n'
-    for cut in (b'{"st', '{"step": 2, "a": "é'.encode()[:-1], b""):
-        path.write_bytes(whole + cut)
-        dpo.cut_jsonl(str(path), 1)
-        assert path.read_bytes() == b'{"step": 1}\n'
-    path.write_bytes(b'{"step": 1}\n{"st\n{"step": 3}\n')
+    out = tmp_path / "r"
+    words = flags(model=f"{toy}/sft", data=f"{toy}/data/golden.jsonl", out=out, steps=4,
+                  batch_size=4, save_every=1, max_prompt_tokens=32, max_response_tokens=40)
+    args = dpo.parse_args([*words, "--resume"])
+
+    def two_steps():
+        out.mkdir(exist_ok=True)
+        model = tiny()
+        steps = dpo.training_steps(args, model, torch.optim.AdamW(model.parameters()))
+        for step, metrics in steps:
+            if step == 3:
+                return
+            metrics |= {"tokens": 1, "loss": float(step)}
+
+    two_steps()
+    whole = (out / "metrics.jsonl").read_bytes()
+    assert [row["step"] for row in rows_of(out / "metrics.jsonl")] == [1, 2]
+    for more in (b'{"st', '{"step": 3, "a": "é'.encode()[:-1], b'{"step": 3}\n', b""):
+        (out / "metrics.jsonl").write_bytes(whole + more)
+        two_steps()
+        assert (out / "metrics.jsonl").read_bytes() == whole
+    (out / "metrics.jsonl").write_bytes(whole[:-9])
     with pytest.raises(SystemExit) as stop:
-        dpo.cut_jsonl(str(path), 3)
-    assert stop.value.code == 2 and "metrics.jsonl:2: malformed" in capsys.readouterr().err
+        two_steps()
+    assert stop.value.code == 2
+    assert "metrics.jsonl is shorter than it was" in capsys.readouterr().err
 
 
 def test_damaged_checkpoint_is_named(toy, tmp_path):

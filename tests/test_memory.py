@@ -4,6 +4,7 @@
 """
 
 import importlib
+import os
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -89,7 +90,8 @@ def test_a_token_keeps_what_the_formula_says(width, inner, heads, recompute):
         config = transformers.LlamaConfig(
             vocab_size=300, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=2)
-        model = dpo.shard(transformers.AutoModelForCausalLM.from_config(config), recompute)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        logps_of = dpo.shard(model, dpo.pair_logps, recompute)
         weights = {shape for w in model.parameters() for shape in (w.shape, w.shape[::-1])}
         found = {}
 
@@ -100,7 +102,7 @@ def test_a_token_keeps_what_the_formula_says(width, inner, heads, recompute):
 
         with (torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
               torch.autocast("cpu", torch.bfloat16)):
-            dpo.pair_logps(model, pairs)
+            logps_of(model, pairs)
         saved.append(sum(storage.nbytes() for storage in found.values()))
     each = (saved[1] - saved[0]) / 2 / (2 * 96)
     assert each == pytest.approx(layer_bytes(config, recompute), rel=0.03)
@@ -109,20 +111,23 @@ def test_a_token_keeps_what_the_formula_says(width, inner, heads, recompute):
 def held_after_a_step(folder):
     """Print the bytes of weights, gradients and moments that this process holds."""
     importlib.reload(dpo)  # it is one of several now
-    dpo.join()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    model.register_buffer("kept", torch.tensor(3.0))
-    dpo.shard(model, True)
-    optimizer = torch.optim.AdamW(model.parameters())
-    dpo.training_state("", model, optimizer)
-    dpo.plain_logps(model, [([5, 6], [7], [8])]).sum().backward()
-    optimizer.step()
-    held = [x for w in model.parameters() for x in (
-        w, w.grad, optimizer.state[w]["exp_avg"], optimizer.state[w]["exp_avg_sq"])]
-    dpo.save_model(f"{folder}/saved", model, SimpleNamespace(save_pretrained=lambda folder: None))
-    print(sum(x.to_local().nbytes for x in held), file=sys.stderr)
-    dpo.dist.barrier()
-    dpo.dist.destroy_process_group()
+    args = SimpleNamespace(out=f"{folder}/saved", steps=1, save_every=1)
+    os.makedirs(args.out, exist_ok=True)
+
+    def main(args):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model.register_buffer("kept", torch.tensor(3.0))
+        logps_of = dpo.shard(model, dpo.plain_logps, True)
+        optimizer = torch.optim.AdamW(model.parameters())
+        next(dpo.training_steps(args, model, optimizer))
+        logps_of(model, [([5, 6], [7], [8])]).sum().backward()
+        optimizer.step()
+        held = [x for w in model.parameters() for x in (
+            w, w.grad, optimizer.state[w]["exp_avg"], optimizer.state[w]["exp_avg_sq"])]
+        dpo.finish_run(args, model, SimpleNamespace(save_pretrained=lambda folder: None), {})
+        print(sum(x.to_local().nbytes for x in held), file=sys.stderr)
+
+    dpo.guard(main, args)
 
 
 def test_what_is_trained_is_shared_out(tmp_path):
@@ -135,7 +140,7 @@ def test_what_is_trained_is_shared_out(tmp_path):
     assert sum(held) == 16 * sum(w.numel() for w in model.parameters())
     assert held[0] == held[1]
     before, saved = (load_file(f"{folder}/model.safetensors")
-                     for folder in (tmp_path, f"{tmp_path}/saved"))
+                     for folder in (tmp_path, f"{tmp_path}/saved/final"))
     assert saved.pop("kept") == 3 and saved.keys() == before.keys()
     assert all(saved[name].shape == before[name].shape for name in saved)
 
@@ -144,21 +149,20 @@ def logps_and_gradient(folder):
     """Write what a process of a sharded model in bf16 finds, as on CUDA, or one process."""
     importlib.reload(dpo)
     dpo.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=True)
-    if dpo.RANKS > 1:
-        dpo.join()
-    model = dpo.shard(transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), False)
-    pairs = random_pairs(8)
-    with dpo.autocast():
-        logps = dpo.pair_logps(model, pairs[dpo.RANK::dpo.RANKS])
-    logps.sum().backward()
-    gradient = torch.cat([dpo.whole(w.grad).flatten() for w in model.parameters()])
-    found = torch.zeros(2, 8)
-    found[:, dpo.RANK::dpo.RANKS] = logps.detach()
-    if dpo.pooled(found) is found and dpo.RANK == 0:
-        save_file({"logps": found, "gradient": gradient}, f"{folder}/{dpo.RANKS}")
-    if dpo.RANKS > 1:
-        dpo.dist.barrier()
-        dpo.dist.destroy_process_group()
+
+    def main(_):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        logps_of, pairs = dpo.shard(model, dpo.pair_logps, False), random_pairs(8)
+        with dpo.autocast():
+            logps = logps_of(model, pairs[dpo.RANK::dpo.RANKS])
+        logps.sum().backward()
+        gradient = torch.cat([dpo.whole(w.grad).flatten() for w in model.parameters()])
+        found = torch.zeros(2, 8)
+        found[:, dpo.RANK::dpo.RANKS] = logps.detach()
+        if dpo.pooled(found) is found and dpo.RANK == 0:
+            save_file({"logps": found, "gradient": gradient}, f"{folder}/{dpo.RANKS}")
+
+    dpo.guard(main, SimpleNamespace(out=folder))
 
 
 def test_sharded_in_bf16(tmp_path):

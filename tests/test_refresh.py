@@ -38,7 +38,8 @@ def test_a_window_is_sampled_from_the_policy_before_it(toy, tmp_path):
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_semi_online_stream_is_replayed(toy, tmp_path, window):
     online(toy, f"{tmp_path}/online", refresh_every=window)
-    offline(toy, "ipo", f"{tmp_path}/replay", data=f"{tmp_path}/online/stream.jsonl", order="kept")
+    offline(toy, "ipo", f"{tmp_path}/replay", data=f"{tmp_path}/online/stream.jsonl",
+            shuffle_window=1)
     assert same_weights(f"{tmp_path}/online", f"{tmp_path}/replay")
 
 
