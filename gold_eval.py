@@ -31,12 +31,19 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, Cache
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -149,16 +156,16 @@ def response_kl(policy, reference, rows, tokens):
     groups = micro_batches(rows, at_once, padding=0.05)  # logits of padding cost as well
     for group in filter(None, groups):
         some = [rows[i] for i in group]
-        first = min(len(prompt) for prompt, _ in some)  # no logits where all rows are prompt
         ids, real = (pad_sequence(x, True).to(policy.device) for x in (
             [torch.tensor(x + y) for x, y in some],
             [torch.tensor([0] * len(x) + [1] * len(y)) for x, y in some]))
+        keep = ids.shape[1] - min(len(x) for x, _ in some) + 1  # no logits where all are prompt
         with torch.autocast(policy.device.type, enabled=False):
             logp, ref_logp = (
-                model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first + 1)
-                .logits[:, :-1].float().log_softmax(-1) for model in (policy, reference))
+                model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1]
+                .float().log_softmax(-1) for model in (policy, reference))
         kl = (logp.exp() * (logp - ref_logp)).sum(-1)  # (rows, positions)
-        kls[group] = (kl * real[:, first:]).sum(1).cpu()
+        kls[group] = (kl * real[:, 1 - keep:]).sum(1).cpu()
     return pooled(kls)
 
 
@@ -194,7 +201,7 @@ def follow_stream(args, policy, tokenizer, reference):
     """Agreement with the golden model in ten parts of a stream: of its labeller, of the policy."""
     gold, rows = load_labeller(args.gold, tokenizer, args), []
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    logps_of = choose_logps(reference, pairs)
+    logps_of = choose_logps(reference, pairs, args)
     for part in range(10):
         start, end = (len(pairs) * i // 10 for i in (part, part + 1))
         some = [pair for pair in pairs[start:end] if pair[1] != pair[2]][-2 * KL_PROMPTS:]
@@ -280,7 +287,7 @@ def load_judge(args, data, reference, tokenizer, logps_of=None):
     pairs = load_pairs(data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:KL_PROMPTS]
     pairs = [pairs[i] for i in pick.tolist()]
-    logps_of = logps_of or choose_logps(reference, pairs)
+    logps_of = logps_of or choose_logps(reference, pairs, args)
     ref_logps = batch_logps(reference, logps_of, pairs, args.tokens_per_microbatch)
     prompts, baseline = map(list, zip(*rows, strict=True))
     judge = Judge(gold, reference, logps_of, tokenizer, end_ids(reference, tokenizer), prompts,
@@ -334,10 +341,9 @@ def plain_logps(model, pairs):
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
-    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
-    logits = model(input_ids=ids, use_cache=False,
-                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
-    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
+    keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
+    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
                            reduction="none")  # 0 where a label is -100
     return -nlls.view(2, len(pairs), -1).sum(-1)
 
@@ -349,8 +355,9 @@ def pair_logps(model, pairs):
     once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
     """
     ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
-    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
-                              use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
+    hidden = model.base_model(
+        input_ids=ids, attention_mask=mask_for(model, visible, positions), position_ids=positions,
+        use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
     head = model.get_output_embeddings()
 
     def nll(hidden, targets):
@@ -363,10 +370,33 @@ def pair_logps(model, pairs):
     return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
 
 
+def mask_for(model, visible, positions):
+    """`visible` (B, 1, T, T) as the model takes it: cut to its window, numbers where it adds them.
+
+    Where layers differ it is a dict of their kinds.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else ""]
+    masks = {kind: visible for kind in kinds}
+    if "sliding_attention" in masks:
+        near = positions[:, :, None] - positions[:, None] < window
+        masks["sliding_attention"] = visible & near[:, None]
+    if config._attn_implementation == "eager":
+        masks = {kind: torch.zeros(mask.shape, device=mask.device).masked_fill(
+            ~mask, torch.finfo(torch.float32).min) for kind, mask in masks.items()}
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
 @torch.no_grad()
-def choose_logps(model, pairs):
-    """`pair_logps` if it equals `plain_logps` but for rounding on a few pairs, else the latter."""
-    longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))  # shows a window
+def choose_logps(model, pairs, args):
+    """`pair_logps` if it equals `plain_logps` but for rounding on a few pairs, else the latter.
+
+    The last of these is as long as a row can be, so that no window shows later.
+    """
+    sizes = args.max_prompt_tokens, args.max_response_tokens, args.max_response_tokens
+    pool = cycle(i for pair in pairs for ids in pair for i in ids)
+    longest = [[*islice(pool, size)] for size in sizes]
     equal = torch.zeros(1)  # fp32 loses 1e-5; a mask that a model does not take costs whole nats
     with suppress(Exception):
         equal += all(torch.allclose(
@@ -388,12 +418,13 @@ def batch_logps(model, logps_of, pairs, tokens):
     return pooled(logps)
 
 
-def skip_padding(module, query, key, value, mask, **kwargs):
+def skip_padding(module, query, key, value, attention_mask, **kwargs):
     """Attention of one new token a row on CPU: in parts of the batch, each without its own padding.
 
     Decoding waits for keys and values to come from memory: what is not read costs nothing. Rows are
     left-padded and in order of length, so that the first part has most to leave out.
     """
+    mask = attention_mask
     small = len(query) * key.shape[2] < 1 << 12  # nothing to gain
     if small or query.shape[2] > 1 or query.is_cuda or mask is None or mask.dtype != torch.bool:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
@@ -446,6 +477,64 @@ def next_logits(model, ids, real, places, cache):
     real = real[:, :cache.get_mask_sizes(ids.shape[1], 0)[0]]
     return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
                  logits_to_keep=1, **{cache_argument(type(model)): cache}).logits[:, -1]
+
+
+@torch.no_grad()
+def takes_our_cache(model, static):
+    """Does a model give with our cache the logits of plain rows, else with `generate`, its own?
+
+    After two unequal prompts, and after two tokens more: True or False, or an error if neither.
+    """
+    rows, more, seen = [[2, 1], [1, 2, 2, 1, 2]], [1, 2], []
+    plain = [model(input_ids=torch.tensor([row + more[:t]], device=model.device)).logits[:, -1]
+             for t in range(3) for row in rows]
+
+    def ours():
+        cache, used, logits, real = prefill(model, rows, 1, 2, 1024, static)
+        places = real.sum(1, keepdim=True)
+        for token in more:
+            seen.extend(logits)
+            real.index_fill_(1, used, 1)
+            logits = next_logits(model, torch.full_like(places, token), real, places, cache)
+            places += 1
+            used += 1
+        seen.extend(logits)
+
+    def theirs():
+        generate(model, rows, 3, [], lambda t, logits: seen.extend(logits) or torch.tensor(
+            [(*more, 0)[t]] * 2, device=model.device))
+
+    for way in (ours, theirs):
+        seen.clear()
+        with suppress(Exception):
+            way()
+            gap = (torch.stack(seen) - torch.cat(plain)).float().norm() / torch.cat(plain).norm()
+            if gap < (0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3):
+                return way is ours
+    fail(f"{model.config.model_type} models cannot be sampled from in batches: with prompts of "
+         "unequal length neither our cache nor its own gives the logits of single rows")
+
+
+def generate(model, rows, max_tokens, ends, choose):
+    """Continue rows of ids by transformers' generate; choose(t, logits (B, V)) draws the tokens."""
+    width = max(map(len, rows))
+    ids, real = (torch.tensor(x, device=model.device) for x in (
+        [[0] * (width - len(row)) + row for row in rows],
+        [[0] * (width - len(row)) + [1] * len(row) for row in rows]))
+
+    def leave_one(ids, logits):
+        new = choose(ids.shape[1] - width, logits)
+        return torch.full_like(logits, -torch.inf).scatter(1, new[:, None], 0.0)
+
+    own, model.generation_config = model.generation_config, GenerationConfig()  # no penalties
+    try:
+        found = model.generate(ids, attention_mask=real, generation_config=GenerationConfig(
+            max_new_tokens=max_tokens, eos_token_id=ends or None, pad_token_id=0),
+            logits_processor=LogitsProcessorList([leave_one]))[:, width:].tolist()
+    finally:
+        model.generation_config = own
+    return [row[:next((t for t, i in enumerate(row) if i in ends), max_tokens) + 1]
+            for row in found]
 
 
 def prefill(model, prompts, per_prompt, room, tokens, static):
@@ -540,6 +629,11 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
     slots = tokens * (8 if static else 32)
+    choose = (lambda logits, _: logits.argmax(-1)) if greedy else pick_tokens
+    if not hasattr(model, "ours"):
+        model.ours = takes_our_cache(model, static)
+        if not model.ours:
+            print("this model does not take our KV cache: sampling by generate, slower")
     generators = generator if isinstance(generator, list) else [generator]
     noise = torch.cat([torch.rand(count // len(generators), max_tokens, generator=g,
                                   dtype=torch.float64) for g in generators]).to(device)
@@ -547,17 +641,22 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
     for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
                                             max_tokens, 0.7)):
-        cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
-                                            max_tokens, tokens, static)
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
                             device=device)
+        if not model.ours:
+            for row, ids in zip(rows, generate(
+                    model, [prompts[i] for i in group for _ in range(per_prompt)], max_tokens,
+                    ends.tolist(), lambda t, logits, rows=rows: choose(
+                        logits[:, :known], noise[rows, t])), strict=True):
+                drawn[row, :len(ids)], lengths[row] = torch.tensor(ids, device=device), len(ids)
+            continue
+        cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
+                                            max_tokens, tokens, static)
         alive, step = torch.ones_like(rows, dtype=torch.bool), None
         places = real.sum(1, keepdim=True)  # of the first new token
         ids = torch.empty_like(places)
         for t in range(max_tokens):
-            logits = logits[:, :known]
-            new = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
-            ids[:, 0] = drawn[rows, t] = new
+            ids[:, 0] = drawn[rows, t] = new = choose(logits[:, :known], noise[rows, t])
             lengths[rows] += alive
             alive &= (new[:, None] != ends).all(1)
             left = int(alive.sum())

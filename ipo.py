@@ -22,7 +22,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 
 import torch
 import torch.distributed as dist
@@ -87,10 +87,9 @@ def plain_logps(model, pairs):
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
-    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
-    logits = model(input_ids=ids, use_cache=False,
-                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
-    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
+    keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
+    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
                            reduction="none")  # 0 where a label is -100
     return -nlls.view(2, len(pairs), -1).sum(-1)
 
@@ -130,8 +129,9 @@ def pair_logps(model, pairs):
     once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
     """
     ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
-    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
-                              use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
+    hidden = model.base_model(
+        input_ids=ids, attention_mask=mask_for(model, visible, positions), position_ids=positions,
+        use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
     head = model.get_output_embeddings()
 
     def nll(hidden, targets):
@@ -228,7 +228,7 @@ def main(args):
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     batches = make_batches(args.steps, args.batch_size, len(pairs), args.shuffle_window, args.seed)
-    logps_of, evaluate = choose_logps(policy.to(DEVICE), pairs), None
+    logps_of, evaluate = choose_logps(policy.to(DEVICE), pairs, args), None
     if args.gold:  # a function of the step
         from gold_eval import evaluator
         evaluate = evaluator(args, args.eval_data or args.data, policy, tokenizer, logps_of)
@@ -274,10 +274,33 @@ def load_model(kind, name, args, **options):
     return model.eval(), tokenizer
 
 
+def mask_for(model, visible, positions):
+    """`visible` (B, 1, T, T) as the model takes it: cut to its window, numbers where it adds them.
+
+    Where layers differ it is a dict of their kinds.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else ""]
+    masks = {kind: visible for kind in kinds}
+    if "sliding_attention" in masks:
+        near = positions[:, :, None] - positions[:, None] < window
+        masks["sliding_attention"] = visible & near[:, None]
+    if config._attn_implementation == "eager":
+        masks = {kind: torch.zeros(mask.shape, device=mask.device).masked_fill(
+            ~mask, torch.finfo(torch.float32).min) for kind, mask in masks.items()}
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
 @torch.no_grad()
-def choose_logps(model, pairs):
-    """`pair_logps` if it equals `plain_logps` but for rounding on a few pairs, else the latter."""
-    longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))  # shows a window
+def choose_logps(model, pairs, args):
+    """`pair_logps` if it equals `plain_logps` but for rounding on a few pairs, else the latter.
+
+    The last of these is as long as a row can be, so that no window shows later.
+    """
+    sizes = args.max_prompt_tokens, args.max_response_tokens, args.max_response_tokens
+    pool = cycle(i for pair in pairs for ids in pair for i in ids)
+    longest = [[*islice(pool, size)] for size in sizes]
     equal = torch.zeros(1)  # fp32 loses 1e-5; a mask that a model does not take costs whole nats
     with suppress(Exception):
         equal += all(torch.allclose(

@@ -30,7 +30,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import cycle, islice
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,14 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -128,10 +135,9 @@ def plain_logps(model, pairs):
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
-    first = min(len(x) for x, _ in rows)  # no logits are needed where all rows are prompt
-    logits = model(input_ids=ids, use_cache=False,
-                   logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
-    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten().to(model.device),
+    keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
+    nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
                            reduction="none")  # 0 where a label is -100
     return -nlls.view(2, len(pairs), -1).sum(-1)
 
@@ -171,8 +177,9 @@ def pair_logps(model, pairs):
     once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
     """
     ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
-    hidden = model.base_model(input_ids=ids, attention_mask=visible, position_ids=positions,
-                              use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
+    hidden = model.base_model(
+        input_ids=ids, attention_mask=mask_for(model, visible, positions), position_ids=positions,
+        use_cache=False).last_hidden_state.flatten(0, 1)[sources]  # (N, D)
     head = model.get_output_embeddings()
 
     def nll(hidden, targets):
@@ -243,6 +250,11 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
     slots = tokens * (8 if static else 32)
+    choose = (lambda logits, _: logits.argmax(-1)) if greedy else pick_tokens
+    if not hasattr(model, "ours"):
+        model.ours = takes_our_cache(model, static)
+        if not model.ours:
+            print("this model does not take our KV cache: sampling by generate, slower")
     generators = generator if isinstance(generator, list) else [generator]
     noise = torch.cat([torch.rand(count // len(generators), max_tokens, generator=g,
                                   dtype=torch.float64) for g in generators]).to(device)
@@ -250,17 +262,22 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
     for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
                                             max_tokens, 0.7)):
-        cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
-                                            max_tokens, tokens, static)
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
                             device=device)
+        if not model.ours:
+            for row, ids in zip(rows, generate(
+                    model, [prompts[i] for i in group for _ in range(per_prompt)], max_tokens,
+                    ends.tolist(), lambda t, logits, rows=rows: choose(
+                        logits[:, :known], noise[rows, t])), strict=True):
+                drawn[row, :len(ids)], lengths[row] = torch.tensor(ids, device=device), len(ids)
+            continue
+        cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
+                                            max_tokens, tokens, static)
         alive, step = torch.ones_like(rows, dtype=torch.bool), None
         places = real.sum(1, keepdim=True)  # of the first new token
         ids = torch.empty_like(places)
         for t in range(max_tokens):
-            logits = logits[:, :known]
-            new = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
-            ids[:, 0] = drawn[rows, t] = new
+            ids[:, 0] = drawn[rows, t] = new = choose(logits[:, :known], noise[rows, t])
             lengths[rows] += alive
             alive &= (new[:, None] != ends).all(1)
             left = int(alive.sum())
@@ -357,7 +374,7 @@ def main(args):
     for model in {reference, actor} - {policy, None}:
         model.to(DEVICE) if args.gold else halve(model)  # evaluation needs fp32
     labeller, ends = load_labeller(args.labeller, tokenizer, args), end_ids(policy, tokenizer)
-    logps_of, evaluate = choose_logps(policy.to(DEVICE), data), None
+    logps_of, evaluate = choose_logps(policy.to(DEVICE), data, args), None
     if args.gold:  # a function of the step
         from gold_eval import evaluator
         evaluate = evaluator(args, args.eval_data or args.prompts, policy, tokenizer, logps_of,
@@ -422,10 +439,33 @@ def load_model(kind, name, args, **options):
     return model.eval(), tokenizer
 
 
+def mask_for(model, visible, positions):
+    """`visible` (B, 1, T, T) as the model takes it: cut to its window, numbers where it adds them.
+
+    Where layers differ it is a dict of their kinds.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else ""]
+    masks = {kind: visible for kind in kinds}
+    if "sliding_attention" in masks:
+        near = positions[:, :, None] - positions[:, None] < window
+        masks["sliding_attention"] = visible & near[:, None]
+    if config._attn_implementation == "eager":
+        masks = {kind: torch.zeros(mask.shape, device=mask.device).masked_fill(
+            ~mask, torch.finfo(torch.float32).min) for kind, mask in masks.items()}
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
 @torch.no_grad()
-def choose_logps(model, pairs):
-    """`pair_logps` if it equals `plain_logps` but for rounding on a few pairs, else the latter."""
-    longest = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))  # shows a window
+def choose_logps(model, pairs, args):
+    """`pair_logps` if it equals `plain_logps` but for rounding on a few pairs, else the latter.
+
+    The last of these is as long as a row can be, so that no window shows later.
+    """
+    sizes = args.max_prompt_tokens, args.max_response_tokens, args.max_response_tokens
+    pool = cycle(i for pair in pairs for ids in pair for i in ids)
+    longest = [[*islice(pool, size)] for size in sizes]
     equal = torch.zeros(1)  # fp32 loses 1e-5; a mask that a model does not take costs whole nats
     with suppress(Exception):
         equal += all(torch.allclose(
@@ -527,12 +567,13 @@ def end_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *said} - {None})
 
 
-def skip_padding(module, query, key, value, mask, **kwargs):
+def skip_padding(module, query, key, value, attention_mask, **kwargs):
     """Attention of one new token a row on CPU: in parts of the batch, each without its own padding.
 
     Decoding waits for keys and values to come from memory: what is not read costs nothing. Rows are
     left-padded and in order of length, so that the first part has most to leave out.
     """
+    mask = attention_mask
     small = len(query) * key.shape[2] < 1 << 12  # nothing to gain
     if small or query.shape[2] > 1 or query.is_cuda or mask is None or mask.dtype != torch.bool:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
@@ -585,6 +626,64 @@ def next_logits(model, ids, real, places, cache):
     real = real[:, :cache.get_mask_sizes(ids.shape[1], 0)[0]]
     return model(input_ids=ids, attention_mask=real, position_ids=places, use_cache=True,
                  logits_to_keep=1, **{cache_argument(type(model)): cache}).logits[:, -1]
+
+
+@torch.no_grad()
+def takes_our_cache(model, static):
+    """Does a model give with our cache the logits of plain rows, else with `generate`, its own?
+
+    After two unequal prompts, and after two tokens more: True or False, or an error if neither.
+    """
+    rows, more, seen = [[2, 1], [1, 2, 2, 1, 2]], [1, 2], []
+    plain = [model(input_ids=torch.tensor([row + more[:t]], device=model.device)).logits[:, -1]
+             for t in range(3) for row in rows]
+
+    def ours():
+        cache, used, logits, real = prefill(model, rows, 1, 2, 1024, static)
+        places = real.sum(1, keepdim=True)
+        for token in more:
+            seen.extend(logits)
+            real.index_fill_(1, used, 1)
+            logits = next_logits(model, torch.full_like(places, token), real, places, cache)
+            places += 1
+            used += 1
+        seen.extend(logits)
+
+    def theirs():
+        generate(model, rows, 3, [], lambda t, logits: seen.extend(logits) or torch.tensor(
+            [(*more, 0)[t]] * 2, device=model.device))
+
+    for way in (ours, theirs):
+        seen.clear()
+        with suppress(Exception):
+            way()
+            gap = (torch.stack(seen) - torch.cat(plain)).float().norm() / torch.cat(plain).norm()
+            if gap < (0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3):
+                return way is ours
+    fail(f"{model.config.model_type} models cannot be sampled from in batches: with prompts of "
+         "unequal length neither our cache nor its own gives the logits of single rows")
+
+
+def generate(model, rows, max_tokens, ends, choose):
+    """Continue rows of ids by transformers' generate; choose(t, logits (B, V)) draws the tokens."""
+    width = max(map(len, rows))
+    ids, real = (torch.tensor(x, device=model.device) for x in (
+        [[0] * (width - len(row)) + row for row in rows],
+        [[0] * (width - len(row)) + [1] * len(row) for row in rows]))
+
+    def leave_one(ids, logits):
+        new = choose(ids.shape[1] - width, logits)
+        return torch.full_like(logits, -torch.inf).scatter(1, new[:, None], 0.0)
+
+    own, model.generation_config = model.generation_config, GenerationConfig()  # no penalties
+    try:
+        found = model.generate(ids, attention_mask=real, generation_config=GenerationConfig(
+            max_new_tokens=max_tokens, eos_token_id=ends or None, pad_token_id=0),
+            logits_processor=LogitsProcessorList([leave_one]))[:, width:].tolist()
+    finally:
+        model.generation_config = own
+    return [row[:next((t for t, i in enumerate(row) if i in ends), max_tokens) + 1]
+            for row in found]
 
 
 def prefill(model, prompts, per_prompt, room, tokens, static):

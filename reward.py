@@ -23,7 +23,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 
 import torch
 import torch.distributed as dist
@@ -124,6 +124,7 @@ def preference_logits(model, pairs):
         mask = (segments > 0).long()
     elif pairwise:
         mask = torch.ones_like(mask).tril()  # the second response also sees the first
+    mask = mask if plain else mask_for(model, mask, positions)
     hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
                               use_cache=False).last_hidden_state  # (rows, T, D)
     scores = model.score(hidden).squeeze(-1).float()  # (rows, T)
@@ -244,7 +245,7 @@ def train(args):
         pairs, validation = pairs[:-held_out], pairs[-held_out:]
     else:
         fail(f"{args.data}: one pair cannot be split into training and validation")
-    choose_rows(model.to(DEVICE), pairs)
+    choose_rows(model.to(DEVICE), pairs, args)
     logits_of = shard(model, preference_logits, args.checkpoint_activations)
     batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
@@ -440,25 +441,46 @@ def halve(model):
     return model.to(DEVICE)
 
 
+def mask_for(model, visible, positions):
+    """`visible` (B, 1, T, T) as the model takes it: cut to its window, numbers where it adds them.
+
+    Where layers differ it is a dict of their kinds.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else ""]
+    masks = {kind: visible for kind in kinds}
+    if "sliding_attention" in masks:
+        near = positions[:, :, None] - positions[:, None] < window
+        masks["sliding_attention"] = visible & near[:, None]
+    if config._attn_implementation == "eager":
+        masks = {kind: torch.zeros(mask.shape, device=mask.device).masked_fill(
+            ~mask, torch.finfo(torch.float32).min) for kind, mask in masks.items()}
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
 @torch.no_grad()
-def choose_rows(model, pairs):
+def choose_rows(model, pairs, args):
     """Use plain rows where the backbone's attention does not take the mask of one row a pair.
 
     It does if its hidden states of one row a pair are those of one row a response, on two pairs
-    and on the longest, where a sliding window would show. The model's config keeps the choice.
+    and on a row as long as one can be, so that no window shows later. Its config keeps the choice.
     """
     def hidden(ids, mask=None, positions=None):
         return model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
                                 use_cache=False).last_hidden_state[0]
 
-    longest, gaps = max(pairs, key=lambda pair: len(pair[0]) + max(map(len, pair[1:]))), []
+    sizes, gaps = (args.max_prompt_tokens, args.max_response_tokens, args.max_response_tokens), []
+    pool = cycle(i for pair in pairs for ids in pair for i in ids)
+    longest = [[*islice(pool, size)] for size in sizes]
     try:
         for prompt, a, b in [*pairs[:2], longest]:
             ids, positions, _, visible, *_ = pack_pairs([(prompt, a, b)], model.device)
             first, second = (hidden(torch.tensor([prompt + y], device=model.device))
                              for y in (a, b))
             alone = torch.cat([first, second[len(prompt):]])
-            gaps.append((hidden(ids, visible, positions) - alone).norm() / alone.norm())
+            mask = mask_for(model, visible, positions)
+            gaps.append((hidden(ids, mask, positions) - alone).norm() / alone.norm())
         gap = torch.stack(gaps).max().item()  # NaN, if there is one
     except Exception:  # the model takes no such mask
         gap = math.inf

@@ -161,7 +161,7 @@ def offline_step(name, args, policy, pairs):
     loss_fn = partial({"ipo": ipo.ipo_loss, "slic": slic.slic_loss}.get(name, dpo.dpo_loss),
                       beta=0.1)
     batches = batches_of(args, pairs)
-    logps_of = dpo.plain_logps if name == "plain" else dpo.choose_logps(policy, pairs)
+    logps_of = dpo.plain_logps if name == "plain" else dpo.choose_logps(policy, pairs, args)
     with dpo.autocast():
         refs = [dpo.batch_logps(policy, logps_of, b, args.tokens_per_microbatch) for b in batches]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
@@ -179,7 +179,7 @@ def likelihood_step(name, args, policy, pairs):
     model, batches = policy, batches_of(args, pairs)
     if name == "reward":
         model = reward.load_preference_model(args.model, args, "pointwise")[0].to(dpo.DEVICE)
-    logps_of = dpo.choose_logps(policy, pairs)
+    logps_of = dpo.choose_logps(policy, pairs, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
     def step(i):
@@ -245,7 +245,7 @@ def online_step(args, policy, pairs):
     labeller = reward.load_preference_model(args.model, args, "pairwise")[0].to(dpo.DEVICE)
     reference, size = copy.deepcopy(policy), args.batch_size
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    logps_of = dpo.choose_logps(policy, pairs)
+    logps_of = dpo.choose_logps(policy, pairs, args)
 
     def step(i):
         prompts = [x for x, _, _ in pairs[i * size:(i + 1) * size]]
@@ -312,7 +312,7 @@ def evaluation(args, policy, tokenizer, pairs):
     """gold_eval.evaluate on --prompts prompts."""
     gold = reward.load_preference_model(args.model, args, "pairwise")[0].to(dpo.DEVICE)
     prompts = [x for x, _, _ in pairs[:args.prompts]]
-    logps_of = gold_eval.choose_logps(policy, pairs)
+    logps_of = gold_eval.choose_logps(policy, pairs, args)
     judge = gold_eval.Judge(
         gold, copy.deepcopy(policy), logps_of, tokenizer, [tokenizer.eos_token_id], prompts,
         [a for _, a, _ in pairs], pairs,

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import load_model, random_pairs, tiny
+from conftest import ARGS, load_model, random_pairs, tiny
 from test_sampler import probabilities
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
@@ -92,14 +92,15 @@ def test_pairwise_sees_the_other_response():
 
 
 @torch.no_grad()
-def test_a_backbone_that_takes_no_mask_gets_plain_rows(capsys):
-    """Plain rows give the logits of shared ones, and an eager Gemma 2 those of brute force."""
+def test_a_backbone_that_takes_no_mask_gets_plain_rows(capsys, monkeypatch):
+    """Plain rows give the logits of shared ones; eager attention (Gemma 2) adds its mask, so that
+    it gets numbers; where it gets none, plain rows are those of brute force."""
     from transformers import Gemma2Config
 
     for kind in ("pairwise", "pointwise"):
         good, pairs = preference_model(kind), random_pairs(8)
         before = good.score.weight.clone()
-        reward.choose_rows(good, pairs)
+        reward.choose_rows(good, pairs, ARGS)
         assert not good.config.plain_rows and torch.equal(before, good.score.weight)
         shared = reward.preference_logits(good, pairs)
         good.config.plain_rows = True
@@ -114,10 +115,14 @@ def test_a_backbone_that_takes_no_mask_gets_plain_rows(capsys):
         if p.dim() == 2:
             p.data.mul_(8)
     model.config.preference_kind = "pointwise"
-    wrong = reward.preference_logits(model, pairs)
-    reward.choose_rows(model, pairs)
-    assert model.config.plain_rows and "using plain rows" in capsys.readouterr().out
     truth = torch.tensor([score(model, x, a) - score(model, x, b) for x, a, b in pairs])
+    reward.choose_rows(model, pairs, ARGS)
+    assert not model.config.plain_rows and capsys.readouterr().out == ""
+    assert torch.allclose(reward.preference_logits(model, pairs), truth, atol=1e-3)
+    monkeypatch.setattr(reward, "mask_for", lambda model, visible, positions: visible)
+    wrong = reward.preference_logits(model, pairs)
+    reward.choose_rows(model, pairs, ARGS)
+    assert model.config.plain_rows and "using plain rows" in capsys.readouterr().out
     assert torch.allclose(reward.preference_logits(model, pairs), truth, atol=1e-3)
     assert not torch.allclose(wrong, truth, atol=1e-3)
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_pairs, tiny
+from conftest import ARGS, random_pairs, tiny
 from transformers import MistralConfig, MistralForCausalLM
 
 import dpo
@@ -65,35 +65,41 @@ def test_one_response_alone():
 
 def test_models_that_ignore_the_mask_get_plain_rows(capsys):
     pairs = random_pairs(4)
-    assert dpo.choose_logps(tiny("llama"), pairs) is dpo.pair_logps
+    assert dpo.choose_logps(tiny("llama"), pairs, ARGS) is dpo.pair_logps
     assert capsys.readouterr().out == ""
     gemma2 = tiny("gemma2")  # eager attention adds a boolean mask instead of applying it
-    assert dpo.choose_logps(gemma2, pairs) is dpo.plain_logps
+    assert dpo.choose_logps(gemma2, pairs, ARGS) is dpo.plain_logps
     assert "using plain rows" in capsys.readouterr().out
     scaled = tiny("llama")  # a head that is more than a matrix, as adapters have it
     scaled.lm_head = torch.nn.Sequential(scaled.lm_head)
-    assert dpo.choose_logps(scaled, pairs) is dpo.plain_logps
+    assert dpo.choose_logps(scaled, pairs, ARGS) is dpo.plain_logps
 
 
-def test_the_longest_row_shows_a_window():
-    """Not the longest pair, whose two responses may each fit into it."""
-    fits = [([3, 4], [5, 1], [6, 1])] * 3 + [([3, 4], [5] * 9, [6] * 9)]
-    exceeds = [([3, 4], list(range(5, 19)), [1])]
+@torch.no_grad()
+def test_a_window_is_in_the_mask_or_seen_at_the_start(monkeypatch):
+    """Rows beyond a sliding window are those of fp64; a window that the mask does not know shows
+    on a row as long as one can be, though all pairs of the file fit into it."""
+    fits = [([3, 4], [5, 1], [6, 1])] * 3 + [([3, 4], [5, 7, 9, 11], [6, 8, 10])]
+    exceeds = [([3, 4], list(range(5, 19)), [9] * 3), (list(range(5, 25)), [5, 1], [7, 8, 1])]
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, sliding_window=12,
         num_attention_heads=4, num_key_value_heads=2)).eval()
     for weight in model.parameters():
         weight.data.mul_(8 if weight.dim() == 2 else 1)
-    assert dpo.choose_logps(model, fits) is dpo.pair_logps
-    assert dpo.choose_logps(model, fits + exceeds) is dpo.plain_logps
+    assert dpo.choose_logps(model, fits, ARGS) is dpo.pair_logps
+    truth = brute_force(copy.deepcopy(model).double(), exceeds)
+    assert torch.allclose(dpo.pair_logps(model, exceeds).double(), truth, atol=1e-3)
+    monkeypatch.setattr(dpo, "mask_for", lambda model, visible, positions: visible)
+    assert not torch.allclose(dpo.pair_logps(model, exceeds).double(), truth, atol=1e-1)
+    assert dpo.choose_logps(model, fits, ARGS) is dpo.plain_logps
 
 
 def test_rows_that_give_nan_are_not_chosen(monkeypatch):
     shared, bad = dpo.pair_logps, random_pairs(4)[1]
     monkeypatch.setattr(dpo, "pair_logps", lambda model, pairs: shared(model, pairs) * (
         math.nan if pairs == [bad] else 1))
-    assert dpo.choose_logps(tiny(), random_pairs(4)) is dpo.plain_logps
+    assert dpo.choose_logps(tiny(), random_pairs(4), ARGS) is dpo.plain_logps
 
 
 @pytest.mark.parametrize("at_once", [1, 3 * 50, 1 << 20])  # one position, three, all of them

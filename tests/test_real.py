@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import SHARED, Fork, load_model, random_pairs, tiny
+from conftest import ARGS, SHARED, Fork, load_model, random_pairs, tiny
 from test_data import load, pair, tokenizer
 from test_logps import brute_force
 
@@ -61,7 +61,7 @@ def test_logps_at_a_real_vocabulary_and_length(capsys):
     truth = brute_force(copy.deepcopy(model).double(), pairs)
     for logps_of in (dpo.pair_logps, dpo.plain_logps):
         assert (logps_of(model, pairs) - truth).abs().max() < 128 * 2e-5, logps_of.__name__
-    assert dpo.choose_logps(model, pairs) is dpo.pair_logps
+    assert dpo.choose_logps(model, pairs, ARGS) is dpo.pair_logps
     assert capsys.readouterr().out == ""
 
 
@@ -71,7 +71,7 @@ def test_a_mask_that_one_layer_ignores_is_seen():
     attend = model.model.layers[1].self_attn.forward
     model.model.layers[1].self_attn.forward = lambda *args, attention_mask=None, **kwargs: attend(
         *args, attention_mask=None, **kwargs)
-    assert dpo.choose_logps(model, pairs) is dpo.plain_logps
+    assert dpo.choose_logps(model, pairs, ARGS) is dpo.plain_logps
 
 
 # ---- evaluation in bf16 surroundings -------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_kl_and_logps_of_heads_that_are_more_than_a_matrix(kind):
         logp, ref_logp = (m(torch.tensor([x + y])).logits[0, len(x) - 1:-1].log_softmax(-1)
                           for m in exact)
         assert kl.item() == pytest.approx((logp.exp() * (logp - ref_logp)).sum().item(), rel=1e-3)
-    logps = dpo.choose_logps(policy, pairs)(policy, pairs)
+    logps = dpo.choose_logps(policy, pairs, ARGS)(policy, pairs)
     assert (logps - brute_force(exact[0], pairs)).abs().max() < 1e-3
 
 
@@ -307,15 +307,16 @@ def classifier(config):
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "window"])
-def test_choose_rows_sees(kind, capsys):
-    """A LayerNorm backbone that ignores the mask, at the start; a window shorter than one pair."""
+def test_choose_rows_sees(kind, capsys, monkeypatch):
+    """A LayerNorm backbone that ignores the mask, at the start; a window that the mask does not
+    know, though all pairs fit into it."""
     pairs, small = random_pairs(8), dict(vocab_size=50, pad_token_id=0, num_labels=1)
     llama_like = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                       num_attention_heads=4, num_key_value_heads=2, **small)
     gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **small)
     good = classifier(gpt2 if kind == "layernorm" else transformers.MistralConfig(
         sliding_window=64, **llama_like))
-    reward.choose_rows(good, pairs)
+    reward.choose_rows(good, pairs, ARGS)
     assert not good.config.plain_rows and capsys.readouterr().out == ""
     assert good.score.weight.abs().sum() == 0 and good.config.preference_kind == "pairwise"
     if kind == "layernorm":
@@ -325,10 +326,9 @@ def test_choose_rows_sees(kind, capsys):
             block.attn.forward = lambda *args, attend=attend, attention_mask=None, **kwargs: attend(
                 *args, attention_mask=None, **kwargs)
     else:
-        bad = classifier(transformers.MistralConfig(sliding_window=12, **llama_like))
-        pairs = [([3, 4], [5, 1], [6, 1])] * 8 + [
-            ([3, 4], [5] * 9, [6] * 9), ([3, 4], list(range(4, 18)), [1])]  # the longer row, last
-    reward.choose_rows(bad, pairs)
+        bad = classifier(transformers.MistralConfig(sliding_window=24, **llama_like))
+        monkeypatch.setattr(reward, "mask_for", lambda model, visible, positions: visible)
+    reward.choose_rows(bad, pairs, ARGS)
     assert bad.config.plain_rows and "using plain rows" in capsys.readouterr().out
 
 
@@ -350,7 +350,7 @@ def test_on_a_pretrained_model(tmp_path, capsys):
     pairs = dpo.load_pairs(f"{tmp_path}/initial.jsonl", tok, 128, 128)
     pairs = [p for p in pairs if len(p[1]) == len(p[2]) == 128][:2]
     capsys.readouterr()
-    assert dpo.choose_logps(policy, pairs) is dpo.pair_logps and capsys.readouterr().out == ""
+    assert dpo.choose_logps(policy, pairs, ARGS) is dpo.pair_logps and capsys.readouterr().out == ""
     with torch.no_grad():
         shared, plain = dpo.pair_logps(policy, pairs), dpo.plain_logps(policy, pairs)
         truth = brute_force(copy.deepcopy(policy).double(), pairs)

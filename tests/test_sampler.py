@@ -191,3 +191,66 @@ def test_the_cache_is_bounded_by_the_flag(monkeypatch):
         slots.clear()
         sample(tiny(), PROMPTS * 40, 2, 12, [1], noise(), tokens=64, static=static)
         assert least < max(slots) <= most and max(widths) <= 64
+
+
+# ---- models that do not take our cache -----------------------------------------------------------
+
+
+def stateful():
+    """A Mamba, whose state is no cache of keys and values."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(
+        vocab_size=50, hidden_size=32, state_size=4, num_hidden_layers=2, pad_token_id=0,
+        bos_token_id=None, eos_token_id=1)).eval()
+    for weight in model.parameters():
+        weight.data.mul_(4 if weight.dim() == 2 else 1)
+    return model
+
+
+@torch.no_grad()
+def drawn_one_by_one(model, prompts, per_prompt, longest, end):
+    """What the noise of `noise()` draws from the model's logits of single, unpadded rows."""
+    found, u = [], torch.rand(len(prompts) * per_prompt, longest, generator=noise(),
+                              dtype=torch.float64)
+    for row, prompt in enumerate(x for x in prompts for _ in range(per_prompt)):
+        ids = []
+        while len(ids) < longest and end not in ids[-1:]:
+            logits = model(torch.tensor([prompt + ids])).logits[:, -1, :45]
+            ids += gold_eval.pick_tokens(logits, u[row, len(ids):len(ids) + 1]).tolist()
+        found.append(ids)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "state"])
+def test_every_model_draws_what_its_noise_says(kind, capsys):
+    """Our cache or the model's own: the tokens of single rows, to the last; the second is said."""
+    model = tiny() if kind == "llama" else stateful()
+    found = sample(model, PROMPTS, 2, 12, [1], noise(), known=45)
+    assert found == drawn_one_by_one(model, PROMPTS, 2, 12, 1)
+    said = "sampling by generate, slower" in capsys.readouterr().out
+    assert model.ours is (kind == "llama") and said is (kind == "state")
+
+
+def test_generation_settings_of_a_model_do_not_count(monkeypatch):
+    """A repetition penalty in generation_config, as instruct models have it, changes no draw."""
+    model = stateful()
+    model.generation_config.repetition_penalty = 5.0
+    assert sample(model, PROMPTS, 1, 12, [1], noise(), known=45) == drawn_one_by_one(
+        model, PROMPTS, 1, 12, 1)
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_a_cache_that_is_wrong_is_not_used_and_no_way_is_an_error(monkeypatch, capsys):
+    """Logits off by a little in decoding: generate; both ways off: one line and status 2."""
+    model, right = tiny(), gold_eval.next_logits
+    monkeypatch.setattr(gold_eval, "next_logits", lambda model, ids, *rest: right(
+        model, ids, *rest) * (1 if ids.shape[1] > 1 else 1.01))
+    sample(model, PROMPTS, 1, 4, [1], noise())
+    assert not model.ours
+    monkeypatch.setattr(gold_eval, "generate", lambda *args: 1 / 0)
+    with pytest.raises(SystemExit) as stop:
+        sample(tiny(), PROMPTS, 1, 4, [1], noise())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "llama models cannot be sampled from" in err
