@@ -37,36 +37,38 @@ try:
 except ImportError:
     sys.exit("error: study.py needs Linux or macOS (fcntl); the other scripts run anywhere")
 
-PROXY_SHARES = [(256, None), (16, None), (4, None), (1, None)]  # 1 / share of the pairs, steps
-
 
 def figures(scale):
-    """{figure: the runs that it draws}, each by the settings that it gives to `Study.train`."""
+    """{figure: the runs that it draws}, each as the settings that `Study.train` takes.
+
+    What a run does not say is the scale's own: IPO on D_golden. A list is an axis to cross.
+    """
     seeds, betas, lrs, sizes = ([{setting: value} for value in scale[f"{setting}s"]]
                                 for setting in ("seed", "beta", "lr", "size"))
     every = [{"every": steps} for steps in (*scale["every"], scale["steps"])]
     # IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
     others = [{"loss": loss, "beta": beta} for loss in ("dpo", "slic") for beta in (0.1, 0.5)]
-    low, high = ({"beta": choose(scale["betas"])} for choose in (min, max))
+    low = {"beta": min(scale["betas"])}  # drifts furthest, so that order can matter
     long = {"steps": scale["long"]}  # its checkpoints are those of a short run, and more
     online, shuffled = {"pairs": "online"}, {"pairs": "shuffled", "window": 0}
     windows = [{"pairs": f"window{size}", "window": size} for size in (1, *scale["windows"])]
+    # proxies of 1 / share of D_golden and so many steps; offline always has all of it. Each seed
+    # has a proxy of its own, a draw: of other pairs, or of all of them in another order
+    shares = scale.get("proxies", [(256, None), (16, None), (4, None), (1, None)])
     proxies = [online | {"seed": seed, "proxy": (share, steps, draw)}
-               for share, steps in scale.get("proxies", PROXY_SHARES)
-               for draw, seed in enumerate(scale["seeds"])]
+               for share, steps in shares for draw, seed in enumerate(scale["seeds"])]
     sweep = each(seeds, betas, lrs, [long])
     fig1 = each(seeds, betas, [online]) + sweep
     fig4 = fig1 + each(seeds, betas, [shuffled])
     fig5 = fig1 + each(seeds, [{"pairs": "final-vs-final"}], betas)
     fig10 = each(sizes, seeds, [online, shuffled, long])
     return {
-        "main": each(seeds[:1], [online | high, *betas]),
+        "main": each(seeds[:1], [online | {"beta": max(scale["betas"])}, *betas]),
         "fig1": fig1, "fig4": fig4,
         "fig6": each(seeds, [{"policy": "online"}, {"policy": "offline"}]),  # to `Study.classify`
         "fig7": fig4, "fig8": fig4, "self": fig4, "gap": fig4, "utility": fig4, "logratio": fig4,
         "refresh": fig1 + each(every, seeds, betas, [online]),
         "fig9": each(seeds, [{"loss": "bo2"}], [online, shuffled, *lrs]),
-        # a low beta drifts furthest, so that order can matter
         "fig13": each(seeds, [online | low]) + each(seeds, [low], [*windows, shuffled]),
         "tandem": each(seeds[:1], [low], [online, *windows[:2]]),
         "proxies": sweep + each(proxies, betas),
@@ -74,8 +76,7 @@ def figures(scale):
         "fig12": fig5 + each([{"pairs": "sft-vs-early"}, {"pairs": "early-vs-final"}],
                              seeds, betas),
         "losses": each(seeds, others, [online, *lrs]),
-        "fig10": fig10, "fig11": fig10, "fig14": fig10,
-    }
+        "fig10": fig10, "fig11": fig10, "fig14": fig10}
 
 
 def each(*axes):
@@ -91,9 +92,8 @@ TOY = dict(
     sft=dict(steps=800, batch_size=64, lr=2e-3, warmup=20),
     gold=dict(kind="pointwise", steps=2000, batch_size=64, lr=1e-3, warmup=50),
     proxy=dict(kind="pointwise", steps=1200, batch_size=64, lr=1e-3, warmup=50),
-    train=dict(batch_size=32, warmup=20, save_every=100), steps=400, long=1600,
-    lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40],
-    every=[4, 20, 100])
+    train=dict(batch_size=32, warmup=20, save_every=100), steps=400, long=1600, every=[4, 20, 100],
+    lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40])
 SCALES = {
     "demo": TOY | dict(
         figures=["main"], pairs=20_000, prompts=512, seeds=[0], sizes={"": {}}, steps=200, long=200,
@@ -109,9 +109,8 @@ SCALES = {
                  "fig9", "fig13", "proxies"]),
     "gpu": dict(  # a night on one GPU of 80 GB, by estimate: no run of it was made
         tasks=["helpful"], seeds=[0, 1, 2], sizes={"": {}}, pairs=43_000, prompts=512,
-        windows=[4, 100], every=[4, 20, 100],
-        policy=["Qwen/Qwen2.5-0.5B"], golden="Qwen/Qwen2.5-1.5B",
-        figures=["fig1", "fig4", "fig6", "fig7", "fig8"],
+        windows=[4, 100], every=[4, 20, 100], policy=["Qwen/Qwen2.5-0.5B"],
+        golden="Qwen/Qwen2.5-1.5B", figures=["fig1", "fig4", "fig6", "fig7", "fig8"],
         lengths=dict(max_prompt_tokens=384, max_response_tokens=128),
         sft=dict(steps=600, batch_size=64, lr=1e-5),
         gold=dict(steps=3000, batch_size=32, lr=1e-5, warmup=100),
@@ -120,8 +119,7 @@ SCALES = {
         lr=3e-6, lrs=[3e-6], beta=0.1, betas=[0.1, 0.5]),
     "paper": dict(  # its hyper-parameters (section 4, appendix A); models are flags
         policy=["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B"],
-        golden="Qwen/Qwen2.5-7B",
-        tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0],
+        golden="Qwen/Qwen2.5-7B", tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0],
         sizes={"": {}, "-2": dict(train=dict(batch_size=16), sft=dict(steps=8000, lr=1e-5)),
                "-3": dict(train=dict(batch_size=8), sft=dict(steps=8000, lr=1e-5))},
         pairs=90_000, prompts=2048,
@@ -129,10 +127,8 @@ SCALES = {
         sft=dict(steps=4000, batch_size=128, lr=3e-5),
         gold=dict(steps=20_000, batch_size=16, lr=1e-4, warmup=1000),
         proxy=dict(steps=20_000, batch_size=32, lr=1e-4, warmup=1000),
-        train=dict(batch_size=32), steps=4000, long=20_000,
-        lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500],
-        every=[4, 20, 100, 500]),
-}
+        train=dict(batch_size=32), steps=4000, long=20_000, every=[4, 20, 100, 500],
+        lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500])}
 EXPERIMENTS = list(figures(TOY))
 
 
@@ -177,23 +173,23 @@ class Study:
 
     def __init__(self, scale, task, stages):
         """Data, SFT, golden and proxy models, D_golden, the golden policy and its responses."""
-        s = self.scale = scale
-        self.toy, self.stages = task == "toy", stages
-        self.data, self.runs = f"data/{s['folders'][task]}", f"runs/{s['folders'][task]}"
+        self.scale, self.toy, self.stages = scale, task == "toy", stages
+        self.data, self.runs = (f"{top}/{scale['folders'][task]}" for top in ("data", "runs"))
         sft, initial = self.sft(), f"{self.data}/initial.jsonl"
-        backbone = self.sft(s.get("golden_size", "")) if self.toy else s["golden"]
+        backbone = self.sft(scale.get("golden_size", "")) if self.toy else scale["golden"]
         self.gold = self.add("reward.py", "train", resume=True, out=f"{self.runs}/gold",
-                             model=backbone, data=initial, **s["gold"])
+                             model=backbone, data=initial, **scale["gold"])
         self.d_golden = self.add("reward.py", "label", model=self.gold, data=initial,
                                  out=f"{self.data}/golden.jsonl")
         policy = self.add("online_rlhf.py", loss="ipo", model=sft, labeller=self.gold,
-                          prompts=initial, resume=True, lr=s["lr"],
-                          out=f"{self.runs}/golden-policy", steps=s.get("golden_steps", s["steps"]),
-                          beta=s["beta"], **s["train"])
+                          prompts=initial, resume=True, lr=scale["lr"],
+                          out=f"{self.runs}/golden-policy",
+                          steps=scale.get("golden_steps", scale["steps"]), beta=scale["beta"],
+                          **scale["train"])
         self.proxy()
         self.baseline = self.add("gold_eval.py", "sample", model=policy, data=self.d_golden,
                                  out=f"{self.data}/golden-policy-baseline.jsonl",
-                                 prompts=s["prompts"])
+                                 prompts=scale["prompts"])
 
     def add(self, script, *words, **flags):
         """One command, of its flags those that are not None; returns what it makes, its --out."""
@@ -216,8 +212,7 @@ class Study:
         s, own = self.scale, self.scale["sizes"][size]
         if self.toy:  # a base of this size, and with it the same pairs once more
             folder = self.add("tasks.py", "toy", out=self.data + size.replace("-", "/"),
-                              width=own.get("width"), layers=own.get("layers"), pairs=s["pairs"],
-                              taste=s.get("taste"))
+                              **own, pairs=s["pairs"], taste=s.get("taste"))
             model, folders = f"{folder}/base", [self.data]
         else:
             model = s["policy"][list(s["sizes"]).index(size)]
@@ -228,10 +223,7 @@ class Study:
                         **s["sft"] | own.get("sft", {}))
 
     def proxy(self, share=1, steps=None, draw=0):
-        """A preference model of the policy's size, on one in `share` of the golden labels.
-
-        A draw but the first is of other pairs, and all of them in another order.
-        """
+        """A preference model of the policy's size, on one in `share` of the golden labels."""
         s, pairs, data = self.scale, self.scale["pairs"] // share, self.d_golden
         name = "proxy" + (f"-{pairs}pairs" if share > 1 else "")
         name += (f"-{steps}steps" if steps else "") + (f"-draw{draw}" if draw else "")
@@ -247,8 +239,8 @@ class Study:
               window=None, every=1, proxy=()):
         """A training run, judged along the way against the golden policy; returns its folder.
 
-        It learns from D_golden, or from `pairs` of another name: "online" from its own, with a
-        window from those of the online run of its settings, else from those of two policies.
+        Its `pairs` are those of D_golden where it names none, its own ("online"), two policies'
+        ("sft-vs-early") or, with a window (0: all shuffled, 1: in order), its online twin's stream.
         """
         s, online = self.scale, pairs == "online"
         beta, lr = None if loss == "bo2" else beta or s["beta"], lr or s["lr"]
@@ -264,7 +256,7 @@ class Study:
             if window is not None:
                 data = self.train(seed, "online", loss, beta, size=size) + "/stream.jsonl"
             flags = dict(lr=lr, data=data, shuffle_window=window)
-            name = f"{loss}{pairs and '-'}{pairs}{strength}-lr{lr}"
+            name = (f"{loss}-{pairs}" if pairs else loss) + f"{strength}-lr{lr}"
         steps = steps or s["steps"]
         often = s.get("evaluations", 16 if steps > s["steps"] else 8)
         return self.add("online_rlhf.py" if online else f"{loss}.py", model=self.sft(size),
@@ -342,7 +334,6 @@ def main(args):
 
 
 # ---- machinery: what needs what, processes, the demo's words -------------------------------------
-
 ABOUT = {  # what a command is for, by the name of what it makes, or its script
     "gold": "learns which response people prefer, and then stands for people",
     "golden.jsonl": "the pairs with the golden model's labels (D_golden): what all learn from",
@@ -392,11 +383,6 @@ def start(words, threads, lock, log=None):
                                 env=env, pass_fds=[lock.fileno()])  # an orphan holds the lock
 
 
-def cost(words):
-    """About how long a command takes, in gradient steps of an offline run."""
-    return 60 + int(value_of(words, "--steps", 60)) * (4 if words[0] == "online_rlhf.py" else 1)
-
-
 def hours(words):
     """About how long a command of --scale gpu takes on one H100: reckoned, not yet measured."""
     steps, made = int(value_of(words, "--steps", 0)), {"sample": 60, "classify": 300}
@@ -411,7 +397,8 @@ def run(stages, jobs, folder):
     outs = {makes: value_of(words, "--out") for makes, words in stages.items()}
     logs = {makes: f"{folder}/logs/{out.replace('/', '-')}.log" if jobs > 1 else None
             for makes, out in outs.items()}
-    costs = {makes: cost(words) for makes, words in stages.items()}
+    costs = {makes: 60 + int(value_of(words, "--steps", 60)) * (  # about, in steps offline
+        4 if words[0] == "online_rlhf.py" else 1) for makes, words in stages.items()}
     threads = {makes: max(1, CORES // min(jobs, len(wave)))  # alone in its wave: all cores
                for wave in waves(stages) for makes in wave}
     read, running, began, first = needs(stages), {}, {}, time.perf_counter()
