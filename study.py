@@ -45,7 +45,7 @@ def figures(scale):
     """
     seeds, betas, lrs, sizes = ([{setting: value} for value in scale[f"{setting}s"]]
                                 for setting in ("seed", "beta", "lr", "size"))
-    every = [{"every": steps} for steps in (*scale["every"], scale["steps"])]
+    every = [{"every": steps} for steps in (*scale["every"], scale["steps"])]  # last: SFT's alone
     # IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
     others = [{"loss": loss, "beta": beta} for loss in ("dpo", "slic") for beta in (0.1, 0.5)]
     low = {"beta": min(scale["betas"])}  # drifts furthest, so that order can matter
