@@ -76,6 +76,8 @@ def test_waves_hold_each_command_once_and_after_its_inputs(capsys):
     wave_of = {makes: i for i, wave in enumerate(waves) for makes in wave}
     assert all(wave_of[r] < wave_of[makes] for makes in stages for r in read[makes])
     assert read["data/toy/golden.jsonl"] == {"data/toy/initial.jsonl", "runs/toy/gold/final"}
+    assert read["runs/toy/sft-18k/final"] == {  # not a base/ that may be half there
+        "data/toy/initial.jsonl", "data/toy/18k/initial.jsonl"}
     shuffled = next(m for m in read if "/ipo-shuffled-b0.1" in m and m.endswith("-s1/final"))
     assert "runs/toy/online-ipo-b0.1-s1/final" in read[shuffled]
     study.main(args_of("--scale", "toy", "--list", "1"))
