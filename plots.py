@@ -67,7 +67,7 @@ def held_out(runs, measure="gold/win_rate"):
     """A list of (own, others) a seed: its {setting: row}, the other seeds' {setting: (KL, value)}.
 
     What is chosen by the others and judged by its own does not feed on the noise it is judged by.
-    Where the others have none of its settings, a seed stands for them too.
+    A seed chooses for itself where no other has any of its settings.
     """
     seeds, pairs = {}, []
     for run in sorted(runs, key=lambda run: run["seed"]):
@@ -162,12 +162,12 @@ def matched_gap(online, other, kls):
     sides = [[r for r in runs if r["seed"] in shared] for runs in (online, other)]
     rows = [row for runs in sides for r in runs for row in r["rows"]]
     reached = [row["gold/kl"] for row in rows]
-    even = np.linspace(np.log(max(min(reached), 1e-3)), np.log(max(reached)), 200)
-    at = np.concatenate([np.log(kls), even])
+    grid = np.linspace(np.log(max(min(reached), 1e-3)), np.log(max(reached)), 200)
+    at = np.concatenate([np.log(kls), grid])
     lines = np.array([frontiers(runs, at) for runs in sides])  # (2, seeds, KLs)
     covered = np.flatnonzero(~np.isnan(lines).any((0, 1))).tolist()
     where = {kl: [i] for i, kl in enumerate(kls) if i in covered}
-    if even := [i for i in covered if i >= len(kls)]:
+    if even := [i for i in covered if i >= len(kls)]:  # in log KL
         where["mean"] = even
     prompts = {len(row.get("outcomes", "")) for row in rows}
     ends = np.full((len(where), 2), np.nan)
@@ -304,12 +304,13 @@ def over_refresh(axes, runs, measure):
     kls, ends = (1, 2, 4, 8, 16), ("gap", "gap_low", "gap_high", "prompts_low", "prompts_high")
     ahead = {k: matched_gap(parts.get(1, []), part, kls) for k, part in parts.items() if k != 1}
     for i, kl in enumerate(kls):
-        found = {k: interval(frontiers(part, np.log([kl]), measure)[:, 0])
-                 for k, part in parts.items()}
-        found = {k: three for k, three in found.items() if not np.isnan(three[0])}
-        for k, (mean, low, high) in found.items():
-            yield {"kl": kl, "every": k, "mean": mean, "low": low, "high": high} | dict(
-                zip(ends, ahead.get(k, {}).get(kl, ())[2:], strict=False))
+        found = {}
+        for k, part in parts.items():
+            mean, low, high = interval(frontiers(part, np.log([kl]), measure)[:, 0])
+            if not np.isnan(mean):
+                found[k] = mean, low, high
+                yield {"kl": kl, "every": k, "mean": mean, "low": low, "high": high} | dict(
+                    zip(ends, ahead.get(k, {}).get(kl, ())[2:], strict=False))
         level = found.pop("offline", None)
         if found:
             mean, low, high = np.array(list(found.values())).T
@@ -422,7 +423,7 @@ def logratio(axes, runs, measure):
                         color=group.colour, label=group.label)
     x = np.geomspace(low, high, 200)
     axes.plot(x, np.sqrt(2 * x / np.pi) - x, "--", color="0.4", label="SFT tilted by a score")
-    axes.set_xscale("log")
+    axes.set_xscale("log")  # first: limits depend on it
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(top=1)
 
@@ -431,14 +432,14 @@ def training_loss(axes, runs, measure):
     """The online run's loss, and that of offline runs on the pairs it made."""
     if not all("steps" in run for run in runs):
         stop("training losses are in run folders alone, not in files of checkpoints")
-    losses = [np.array([row[measure] for row in run["steps"]]) for run in runs]
-    online = next((i for i, run in enumerate(runs) if run["source"] == "online"), 0)
-    for i, (run, loss) in enumerate(zip(runs, losses, strict=True)):
-        gap = np.abs(loss - losses[online][:len(loss)]).max()
+    online = next((run for run in runs if run["source"] == "online"), runs[0])
+    for i, run in enumerate(runs):
+        loss, first = (np.array([row[measure] for row in r["steps"]]) for r in (run, online))
+        gap = np.abs(loss - first[:len(loss)]).max()
         smooth = np.convolve(loss, np.ones(10) / 10, "valid")
         axes.plot(np.arange(len(smooth)) + 10, smooth, color=COLOURS.get(run["source"]),
                   linewidth=3 - i, label=run["source"] + (
-                      "" if i == online else f": largest difference {gap:.2g}"))
+                      "" if run is online else f": largest difference {gap:.2g}"))
         yield {"run": run["name"], "source": run["source"], "steps": len(loss),
                "largest_difference": gap}
 
@@ -512,42 +513,34 @@ FIGURES = {  # name: what `draw` makes it of; win rate over KL where nothing els
 }
 
 
-def parts_of(runs, split):
-    """{title: runs}: a part a model, or a loss where every loss has several sources, or all."""
-    parts = grouped(runs, split) if split else {}
-    if split == "model":
-        return {f"policy: {size}": some for (size,), some in parts.items()}
-    if len(parts) < 2 or any(len(grouped(some, "source")) == 1 for some in parts.values()):
-        return {"": runs}
-    return {NAMES.get(loss, loss): some for (loss,), some in parts.items()}
-
-
-def label_axes(axes, runs, x, measure):
-    """Labels, a scale that fits `x`, and for an accuracy a line at chance."""
-    axes.set(xlabel=x, ylabel=MEASURES[measure])
-    if x == REFRESH:  # a tick at every K that was run
-        axes.set_xscale("log")
-        axes.set_xticks(list(by_refresh(runs)), list(by_refresh(runs)))
-        axes.minorticks_off()
-    elif x == LOG_KL:
-        axes.set_xscale("log")
-        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)),
-                       major_formatter="{x:g}", minor_formatter="")
-    if "accuracy" in measure:
-        axes.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
-
-
 def draw(runs, title, panels=(WIN_RATES,), split="loss", width=5.2):
-    """Each of the panels for each part of the runs; returns the figure and the rows of its CSV."""
-    drawn = list(product(parts_of(runs, split).items(), panels))
+    """Each of the panels for each part of the runs; returns the figure and the rows of its CSV.
+
+    A part is a model, or a loss where every loss has several sources, or all runs.
+    """
+    parts = grouped(runs, split) if split else {}
+    if split != "model" and (len(parts) == 1 or any(
+            len(grouped(some, "source")) == 1 for some in parts.values())):
+        parts = {}
+    drawn = list(product(parts.items() or [(("",), runs)], panels))
     wide, high = max(7, width * len(drawn)), 5 if len(drawn) == 1 else 4.4
     figure, alone = Figure(layout="constrained"), len(panels) == 1
     axes = figure.subplots(1, len(drawn), squeeze=False, sharex=alone, sharey=alone)
     lines, legend_rows = [], 2
-    for ax, ((name, some), (panel, x, measure)) in zip(axes[0], drawn, strict=True):
+    for ax, (((part,), some), (panel, x, measure)) in zip(axes[0], drawn, strict=True):
         lines += panel(ax, some, measure)
-        label_axes(ax, some, x, measure)
-        ax.set_title(name)
+        ax.set(xlabel=x, ylabel=MEASURES[measure])
+        if x == REFRESH:  # a tick at every K that was run
+            ax.set_xscale("log")
+            ax.set_xticks(list(by_refresh(some)), list(by_refresh(some)))
+            ax.minorticks_off()
+        if x == LOG_KL:
+            ax.set_xscale("log")
+            ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}",
+                         minor_formatter="")
+        if "accuracy" in measure:  # chance
+            ax.axhline(0.5, color="0.7", linewidth=0.8, zorder=0)
+        ax.set_title(f"policy: {part}" if split == "model" else NAMES.get(part, part))
         ax.grid(alpha=0.25)
         if labels := ax.get_legend_handles_labels()[1]:  # below, where it covers no point
             each = 0.53 + 0.061 * max(map(len, labels))  # inches

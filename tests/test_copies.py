@@ -76,7 +76,7 @@ def test_every_flag_is_read(path):
 BUDGET = {  # lines; to raise one is a decision: first look for what can go
     "dpo.py": 683, "ipo.py": 683, "slic.py": 690, "bo2.py": 641, "sft.py": 582,
     "online_rlhf.py": 918, "reward.py": 744, "gold_eval.py": 576, "tasks.py": 484, "study.py": 581,
-    "plots.py": 757}
+    "plots.py": 750}
 
 
 def test_no_script_outgrows_its_budget():
