@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from itertools import product
 
 import numpy as np
 from tqdm import tqdm
@@ -36,34 +37,80 @@ try:
 except ImportError:
     sys.exit("error: study.py needs Linux or macOS (fcntl); the other scripts run anywhere")
 
-TOY_SIZES = {"-18k": (32, 1), "-373k": (96, 3)}  # width, layers; tasks.py's own are 64 and 2
+
+def figures(scale):
+    """{figure: the runs that it draws}, each as the settings that `Study.train` takes.
+
+    What a run does not say is the scale's own: IPO on D_golden. A list is an axis to cross.
+    """
+    seeds, betas, lrs, sizes = ([{setting: value} for value in scale[f"{setting}s"]]
+                                for setting in ("seed", "beta", "lr", "size"))
+    every = [{"every": steps} for steps in (*scale["every"], scale["steps"])]  # last: SFT's alone
+    # IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
+    others = [{"loss": loss, "beta": beta} for loss in ("dpo", "slic") for beta in (0.1, 0.5)]
+    low = {"beta": min(scale["betas"])}  # drifts furthest, so that order can matter
+    long = {"steps": scale["long"]}  # its checkpoints are those of a short run, and more
+    online, shuffled = {"pairs": "online"}, {"pairs": "shuffled", "window": 0}
+    windows = [{"pairs": f"window{size}", "window": size} for size in (1, *scale["windows"])]
+    # proxies of 1 / share of D_golden and so many steps; offline always has all of it. Each seed
+    # has a proxy of its own, a draw: of other pairs, or of all of them in another order
+    shares = scale.get("proxies", [(256, None), (16, None), (4, None), (1, None)])
+    proxies = [online | {"seed": seed, "proxy": (share, steps, draw)}
+               for share, steps in shares for draw, seed in enumerate(scale["seeds"])]
+    sweep = each(seeds, betas, lrs, [long])
+    fig1 = each(seeds, betas, [online]) + sweep
+    fig4 = fig1 + each(seeds, betas, [shuffled])
+    fig5 = fig1 + each(seeds, [{"pairs": "final-vs-final"}], betas)
+    fig10 = each(sizes, seeds, [online, shuffled, long])
+    return {
+        "main": each(seeds[:1], [online | {"beta": max(scale["betas"])}, *betas]),
+        "fig1": fig1, "fig4": fig4,
+        "fig6": each(seeds, [{"policy": "online"}, {"policy": "offline"}]),  # to `Study.classify`
+        "fig7": fig4, "fig8": fig4, "self": fig4, "gap": fig4, "utility": fig4, "logratio": fig4,
+        "refresh": fig1 + each(every, seeds, betas, [online]),
+        "fig9": each(seeds, [{"loss": "bo2"}], [online, shuffled, *lrs]),
+        "fig13": each(seeds, [online | low]) + each(seeds, [low], [*windows, shuffled]),
+        "tandem": each(seeds[:1], [low], [online, *windows[:2]]),
+        "proxies": sweep + each(proxies, betas),
+        "fig5": fig5,
+        "fig12": fig5 + each([{"pairs": "sft-vs-early"}, {"pairs": "early-vs-final"}],
+                             seeds, betas),
+        "losses": each(seeds, others, [online, *lrs]),
+        "fig10": fig10, "fig11": fig10, "fig14": fig10}
+
+
+def each(*axes):
+    """Runs of every combination of one setting an axis; the last axis turns fastest."""
+    return [{name: value for setting in settings for name, value in setting.items()}
+            for settings in product(*axes)]
+
+
 TOY = dict(
-    tasks=["toy"], pairs=64_000, prompts=1024, seeds=[0, 1, 2], sizes=["-18k", "", "-373k"],
+    tasks=["toy"], pairs=64_000, prompts=1024, seeds=[0, 1, 2],
+    sizes={"-18k": dict(width=32, layers=1), "": {}, "-373k": dict(width=96, layers=3)},
     lengths=dict(max_prompt_tokens=32, max_response_tokens=64, tokens_per_microbatch=8192),
     sft=dict(steps=800, batch_size=64, lr=2e-3, warmup=20),
     gold=dict(kind="pointwise", steps=2000, batch_size=64, lr=1e-3, warmup=50),
     proxy=dict(kind="pointwise", steps=1200, batch_size=64, lr=1e-3, warmup=50),
-    train=dict(batch_size=32, warmup=20, save_every=100), steps=400, long=1600,
-    lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40],
-    every=[4, 20, 100], larger={})
+    train=dict(batch_size=32, warmup=20, save_every=100), steps=400, long=1600, every=[4, 20, 100],
+    lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40])
 SCALES = {
     "demo": TOY | dict(
-        figures=["main"], pairs=20_000, prompts=512, seeds=[0], sizes=[""], steps=200, long=200,
+        figures=["main"], pairs=20_000, prompts=512, seeds=[0], sizes={"": {}}, steps=200, long=200,
         evaluations=8, lrs=[3e-4], betas=[0.02, 0.05], golden_steps=120,
         sft=TOY["sft"] | dict(steps=150, lr=3e-3),
         gold=TOY["gold"] | dict(steps=400, lr=7e-4, warmup=20, eval_every=50),
         proxy=TOY["proxy"] | dict(steps=200, lr=7e-4, warmup=20)),
     "toy": TOY,
     "hard": TOY | dict(  # fixed by classifiers' accuracies alone, before a policy: results/hard.md
-        taste=dict(taste="hard"), golden_size="-373k", proxy=TOY["proxy"] | dict(steps=120),
+        taste="hard", golden_size="-373k", proxy=TOY["proxy"] | dict(steps=120),
         proxies=[(1, None), (1, TOY["proxy"]["steps"])],
         figures=["fig1", "fig4", "fig6", "fig7", "fig8", "self", "gap", "utility", "logratio",
                  "fig9", "fig13", "proxies"]),
     "gpu": dict(  # a night on one GPU of 80 GB, by estimate: no run of it was made
-        tasks=["helpful"], seeds=[0, 1, 2], sizes=[""], pairs=43_000, prompts=512, windows=[4, 100],
-        every=[4, 20, 100],
-        policy=["Qwen/Qwen2.5-0.5B"], golden="Qwen/Qwen2.5-1.5B",
-        figures=["fig1", "fig4", "fig6", "fig7", "fig8"],
+        tasks=["helpful"], seeds=[0, 1, 2], sizes={"": {}}, pairs=43_000, prompts=512,
+        windows=[4, 100], every=[4, 20, 100], policy=["Qwen/Qwen2.5-0.5B"],
+        golden="Qwen/Qwen2.5-1.5B", figures=["fig1", "fig4", "fig6", "fig7", "fig8"],
         lengths=dict(max_prompt_tokens=384, max_response_tokens=128),
         sft=dict(steps=600, batch_size=64, lr=1e-5),
         gold=dict(steps=3000, batch_size=32, lr=1e-5, warmup=100),
@@ -72,36 +119,17 @@ SCALES = {
         lr=3e-6, lrs=[3e-6], beta=0.1, betas=[0.1, 0.5]),
     "paper": dict(  # its hyper-parameters (section 4, appendix A); models are flags
         policy=["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B"],
-        golden="Qwen/Qwen2.5-7B",
-        tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0], sizes=["", "-2", "-3"],
+        golden="Qwen/Qwen2.5-7B", tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0],
+        sizes={"": {}, "-2": dict(train=dict(batch_size=16), sft=dict(steps=8000, lr=1e-5)),
+               "-3": dict(train=dict(batch_size=8), sft=dict(steps=8000, lr=1e-5))},
         pairs=90_000, prompts=2048,
         lengths=dict(max_prompt_tokens=896, max_response_tokens=128),
         sft=dict(steps=4000, batch_size=128, lr=3e-5),
         gold=dict(steps=20_000, batch_size=16, lr=1e-4, warmup=1000),
         proxy=dict(steps=20_000, batch_size=32, lr=1e-4, warmup=1000),
-        train=dict(batch_size=32), steps=4000, long=20_000,
-        larger={"-2": dict(train=dict(batch_size=16), sft=dict(steps=8000, lr=1e-5)),
-                "-3": dict(train=dict(batch_size=8), sft=dict(steps=8000, lr=1e-5))},
-        lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500],
-        every=[4, 20, 100, 500]),
-}
-# IPO pulls h to 1 / (2 beta), the hinge stops at 1 / beta, DPO never stops: a beta of their own
-OTHER_BETAS = {"dpo": [0.1, 0.5], "slic": [0.1, 0.5]}
-PROXY_SHARES = [(256, None), (16, None), (4, None), (1, None)]  # 1 / share of the pairs, steps
-ABOUT = {  # what a command is for, by the name of what it makes, or its script
-    "gold": "learns which response people prefer, and then stands for people",
-    "golden.jsonl": "the pairs with the golden model's labels (D_golden): what all learn from",
-    "golden-validation.jsonl": "the same for held-out pairs, whose noise-free labels are known",
-    "golden-policy": "the opponent: an online run that is labelled by the golden model itself",
-    "golden-policy-baseline.jsonl": "the opponent's responses, against which all are judged",
-    "tasks.py": "pairs of responses with people's choices, and an untrained model",
-    "sft.py": "where all policies start: imitates the responses, good and bad",
-    "reward.py": "learns from D_golden to label the online run's responses",
-    "online_rlhf.py": "online: learns from its own responses, labelled by the proxy",
-    "ipo.py": "offline: learns from the fixed pairs of D_golden",
-    "dpo.py": "offline, with DPO's loss", "slic.py": "offline, with SLiC's loss",
-    "bo2.py": "offline, imitates the better response of each pair",
-    "gold_eval.py": "samples or judges"}
+        train=dict(batch_size=32), steps=4000, long=20_000, every=[4, 20, 100, 500],
+        lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500])}
+EXPERIMENTS = list(figures(TOY))
 
 
 def parse_args(argv=None):
@@ -124,260 +152,202 @@ def parse_args(argv=None):
 
 
 def scale_of(args):
-    """The settings of args.scale; with --steps those of a rehearsal, so many steps of two rows."""
+    """The settings of args.scale, by the flags: with --steps few steps of two rows, a rehearsal."""
     scale = SCALES[args.scale]
-    short = dict(steps=args.steps, batch_size=2)
-    return scale if not args.steps else scale | dict(
-        seeds=[0], betas=[scale["beta"]], steps=args.steps, long=args.steps, prompts=4,
-        evaluations=1, train=scale["train"] | dict(batch_size=2),
-        **{kind: scale[kind] | short for kind in ("sft", "gold", "proxy")})
+    if args.steps:
+        short = {kind: scale[kind] | dict(steps=args.steps, batch_size=2)
+                 for kind in ("sft", "gold", "proxy")}
+        scale = scale | short | dict(
+            seeds=[0], betas=[scale["beta"]], steps=args.steps, long=args.steps, prompts=4,
+            evaluations=1, train=scale["train"] | dict(batch_size=2))
+    name = args.scale + (f"-s{args.seed}" if args.seed else "")
+    folders = {task: f"{name}/{task}" if len(scale["tasks"]) > 1 else name
+               for task in scale["tasks"]}  # in data/ and runs/
+    return scale | dict(
+        name=name, folders=folders, seed=args.seed, seeds=[args.seed + x for x in scale["seeds"]],
+        policy=args.policy or scale.get("policy"), golden=args.golden or scale.get("golden"))
 
 
 class Study:
-    """Stages of one task in dependency order; a stage that is asked for twice is there once."""
+    """The commands of one task in dependency order; what is asked for twice is there once."""
 
-    def __init__(self, args, task, stages):
-        self.scale, self.args, self.task, self.stages = scale_of(args), args, task, stages
-        self.betas, self.lengths = self.scale["betas"], self.scale["lengths"]
-        self.seeds = [args.seed + seed for seed in self.scale["seeds"]]
-        self.name = name_of(args)
-        folders = {task: f"{self.name}/{task}" if len(self.scale["tasks"]) > 1 else self.name
-                   for task in self.scale["tasks"]}
-        self.initial = {name: f"data/{folder}/initial.jsonl" for name, folder in folders.items()}
-        self.data, self.runs = f"data/{folders[task]}", f"runs/{folders[task]}"
-        self.d_golden, self.gold = f"{self.data}/golden.jsonl", f"{self.runs}/gold"
-        self.pipeline()
+    def __init__(self, scale, task, stages):
+        """Data, SFT, golden and proxy models, D_golden, the golden policy and its responses."""
+        self.scale, self.toy, self.stages = scale, task == "toy", stages
+        self.data, self.runs = (f"{top}/{scale['folders'][task]}" for top in ("data", "runs"))
+        sft, initial = self.sft(), f"{self.data}/initial.jsonl"
+        backbone = self.sft(scale.get("golden_size", "")) if self.toy else scale["golden"]
+        self.gold = self.add("reward.py", "train", resume=True, out=f"{self.runs}/gold",
+                             model=backbone, data=initial, **scale["gold"])
+        self.d_golden = self.add("reward.py", "label", model=self.gold, data=initial,
+                                 out=f"{self.data}/golden.jsonl")
+        policy = self.add("online_rlhf.py", loss="ipo", model=sft, labeller=self.gold,
+                          prompts=initial, resume=True, lr=scale["lr"],
+                          out=f"{self.runs}/golden-policy",
+                          steps=scale.get("golden_steps", scale["steps"]), beta=scale["beta"],
+                          **scale["train"])
+        self.proxy()
+        self.baseline = self.add("gold_eval.py", "sample", model=policy, data=self.d_golden,
+                                 out=f"{self.data}/golden-policy-baseline.jsonl",
+                                 prompts=scale["prompts"])
 
-    def add(self, script, makes, *positional, **flags):
-        """One command and the path that shows it done."""
-        words = [script, *positional]
-        if self.args.seed and "label" not in positional:
-            flags.setdefault("seed", self.args.seed)
+    def add(self, script, *words, **flags):
+        """One command, of its flags those that are not None; returns what it makes, its --out."""
+        words, out = [script, *words], flags["out"]
+        if script != "tasks.py":
+            flags |= self.scale["lengths"]
+        flags = {name: value for name, value in flags.items() if value is not None}
+        if self.scale["seed"] and "label" not in words:
+            flags.setdefault("seed", self.scale["seed"])
         for name, value in flags.items():
             words.append(f"--{name.replace('_', '-')}")
             if value is not True:
                 words += map(str, value if isinstance(value, list) else [value])
-        self.stages.setdefault(makes, words)
+        last = "initial.jsonl" if script == "tasks.py" else "final"  # shows a folder done
+        self.stages.setdefault(out if out.endswith(".jsonl") else f"{out}/{last}", words)
+        return out
 
-    def pipeline(self):
-        """Data, SFT, golden and proxy models, D_golden, the golden policy and its responses."""
-        s, data, runs, toy = self.scale, self.data, self.runs, self.task == "toy"
-        for task, initial in self.initial.items():
-            self.add("tasks.py", initial, task, out=os.path.dirname(initial),
-                     **({"pairs": s["pairs"]} | s.get("taste", {}) if toy else {"text": True}))
-        sft, initial = self.sft(""), self.initial[self.task]
-        self.add("reward.py", f"{self.gold}/final", "train", resume=True, out=self.gold,
-                 model=self.sft(s.get("golden_size", "")) if toy else self.args.golden
-                 or s["golden"], data=initial, **s["gold"], **self.lengths)
-        self.label(initial, self.d_golden)
-        self.add("online_rlhf.py", f"{runs}/golden-policy/final", loss="ipo", model=sft,
-                 labeller=self.gold, prompts=initial, resume=True, lr=s["lr"],
-                 out=f"{runs}/golden-policy", steps=s.get("golden_steps", s["steps"]),
-                 beta=s["beta"], **s["train"], **self.lengths)
-        self.proxy("proxy", self.d_golden)
-        out = f"{data}/golden-policy-baseline.jsonl"
-        self.add("gold_eval.py", out, "sample", model=f"{runs}/golden-policy", data=self.d_golden,
-                 out=out, prompts=s["prompts"], **self.lengths)
-
-    def label(self, pairs, out):
-        """Pairs with the golden model's labels."""
-        self.add("reward.py", out, "label", model=self.gold, data=pairs, out=out, **self.lengths)
-
-    def sft(self, size):
+    def sft(self, size=""):
         """The SFT policy of a size, on the pairs of all tasks; returns its run folder."""
-        s, out = self.scale, f"runs/{self.name}/sft{size}"
-        if self.task == "toy":
-            base = f"{self.data}{size.replace('-', '/')}/base"
-            if size:
-                width, layers = TOY_SIZES[size]
-                self.add("tasks.py", base, "toy", out=os.path.dirname(base), width=width,
-                         layers=layers, pairs=s["pairs"], **s.get("taste", {}))
+        s, own = self.scale, self.scale["sizes"][size]
+        if self.toy:  # a base of this size, and with it the same pairs once more
+            folder = self.add("tasks.py", "toy", out=self.data + size.replace("-", "/"),
+                              **own, pairs=s["pairs"], taste=s.get("taste"))
+            model, folders = f"{folder}/base", [self.data]
         else:
-            base = (self.args.policy or s["policy"])[s["sizes"].index(size)]
-        self.add("sft.py", f"{out}/final", model=base, data=list(self.initial.values()), out=out,
-                 resume=True, **s["sft"] | s.get("larger", {}).get(size, {}).get("sft", {}),
-                 **self.lengths)
-        return out
+            model = s["policy"][list(s["sizes"]).index(size)]
+            folders = [self.add("tasks.py", task, out=f"data/{folder}", text=True)
+                       for task, folder in s["folders"].items()]
+        return self.add("sft.py", model=model, data=[f"{x}/initial.jsonl" for x in folders],
+                        out=f"runs/{s['name']}/sft{size}", resume=True,
+                        **s["sft"] | own.get("sft", {}))
 
-    def proxy(self, name, pairs, **flags):
-        """A preference model of the policy's size, trained on golden labels."""
-        out = f"{self.runs}/{name}"
-        self.add("reward.py", f"{out}/final", "train", model=self.sft(""), data=pairs, out=out,
-                 resume=True, **self.scale["proxy"] | flags, **self.lengths)
+    def proxy(self, share=1, steps=None, draw=0):
+        """A preference model of the policy's size, on one in `share` of the golden labels."""
+        s, pairs, data = self.scale, self.scale["pairs"] // share, self.d_golden
+        name = "proxy" + (f"-{pairs}pairs" if share > 1 else "")
+        name += (f"-{steps}steps" if steps else "") + (f"-draw{draw}" if draw else "")
+        if share > 1:
+            data = self.add("tasks.py", "file", file=self.d_golden, pairs=pairs,
+                            out=f"{self.data}/{name}", skip=draw * pairs or None) + "/initial.jsonl"
+        return self.add("reward.py", "train", model=self.sft(), data=data,
+                        out=f"{self.runs}/{name}", resume=True,
+                        **s["proxy"] | dict(steps=steps or s["proxy"]["steps"]),
+                        seed=s["seeds"][draw] if draw else None)
 
-    def train(self, name, script, seed, size="", beta=None, steps=None, **flags):
-        """A training run, judged along the way against the golden policy; returns its name."""
-        s, out = self.scale, f"{self.runs}/{name}{size}-s{seed}"
-        steps = steps or s["steps"]
-        if beta:
-            flags["beta"] = beta
-        self.add(script, f"{out}/final", model=self.sft(size), out=out, seed=seed, steps=steps,
-                 **flags, eval_data=self.d_golden, gold=self.gold,
-                 baseline=f"{self.data}/golden-policy-baseline.jsonl",
-                 eval_every=max(1, steps // s.get("evaluations", 16 if steps > s["steps"] else 8)),
-                 resume=True, **self.lengths,
-                 **s["train"] | s.get("larger", {}).get(size, {}).get("train", {}))
-        return out
+    def train(self, seed, pairs="", loss="ipo", beta=None, lr=None, size="", steps=None,
+              window=None, every=1, proxy=()):
+        """A training run, judged along the way against the golden policy; returns its folder.
 
-    def online(self, seed, loss="ipo", beta=None, size="", proxy="proxy", lr=None, steps=None,
-               every=1):
-        beta = None if loss == "bo2" else beta or self.scale["beta"]
-        name = f"online-{loss}" + (f"-b{beta}" if beta else "") + proxy.removeprefix("proxy")
-        if steps:
-            name += f"-{steps}steps"
-        if every > 1:  # semi-online
-            name += f"-every{every}"
-        return self.train(name, "online_rlhf.py", seed, size, beta, steps, loss=loss,
-                          lr=lr or self.scale["lr"], labeller=f"{self.runs}/{proxy}",
-                          prompts=self.d_golden,
-                          **({"refresh_every": every} if every > 1 else {}))
-
-    def offline(self, seed, loss="ipo", beta=None, size="", lr=None, steps=None, data=None, tag="",
-                **flags):
-        """On D_golden, or on `data`, a file that another stage makes."""
-        beta, lr = None if loss == "bo2" else beta or self.scale["beta"], lr or self.scale["lr"]
-        name = loss + tag + (f"-b{beta}" if beta else "") + f"-lr{lr}"
-        return self.train(name, f"{loss}.py", seed, size, beta, steps, lr=lr,
-                          data=data or self.d_golden, **flags)
-
-    def shuffled(self, seed, loss="ipo", beta=None, size="", window=0):
-        """Offline on the stream of the online run of the same settings (1: in its exact order)."""
-        stream = f"{self.online(seed, loss, beta, size)}/stream.jsonl"
-        return self.offline(seed, loss, beta, size, data=stream, shuffle_window=window,
-                            tag=f"-window{window}" if window else "-shuffled")
-
-    # each figure returns the run folders that it draws, made by stages which it adds
-
-    def main(self):
-        if self.task == "toy":  # how often the golden model is right, by people without noise
-            self.label(f"{self.data}/validation.jsonl", f"{self.data}/golden-validation.jsonl")
-        return [self.online(self.seeds[0], beta=max(self.betas))] + [
-            self.offline(self.seeds[0], beta=beta) for beta in self.betas]
-
-    def fig1(self):
-        return [self.online(seed, beta=beta) for seed in self.seeds for beta in self.betas
-                ] + self.sweep()
-
-    def sweep(self):
-        """Offline over learning rates and betas; a long run holds the checkpoints of a short."""
-        return [self.offline(seed, beta=beta, lr=lr, steps=self.scale["long"])
-                for seed in self.seeds for beta in self.betas for lr in self.scale["lrs"]]
-
-    def fig4(self):
-        return self.fig1() + [self.shuffled(seed, beta=beta)
-                              for seed in self.seeds for beta in self.betas]
-
-    def refresh(self):
-        """Semi-online: sampled anew every so many steps; at the end of the row from SFT alone."""
-        return self.fig1() + [self.online(seed, beta=beta, every=every)
-                              for every in (*self.scale["every"], self.scale["steps"])
-                              for seed in self.seeds for beta in self.betas]
-
-    def fig5(self):
-        return self.fig1() + self.of_two("final", "final")
-
-    def of_two(self, first, second):
-        """Offline on pairs sampled from two policies and relabelled by the golden model."""
-        s, runs = self.scale, []
-        for seed in self.seeds:
-            policies = {"sft": self.sft(""), "early": self.online(seed, steps=s["steps"] // 5),
-                        "final": self.online(seed)}
-            data = f"{self.data}/{first}-vs-{second}-s{seed}.jsonl"
-            self.add("gold_eval.py", data, "sample", model=policies[first],
-                     other=policies[second], gold=self.gold, data=self.d_golden, out=data,
-                     seed=seed, prompts=s["steps"] * s["train"]["batch_size"], **self.lengths)
-            runs += [self.offline(seed, beta=beta, data=data, tag=f"-{first}-vs-{second}")
-                     for beta in self.betas]
-        return runs
-
-    def fig6(self):
-        """Agreement with the golden model along D_online: the proxy, an online, an offline run."""
-        outs = []
-        for seed in self.seeds:
-            online, offline = self.online(seed), self.offline(seed, steps=self.scale["long"])
-            for name, policy in (("online", online), ("offline", offline)):
-                outs.append(f"{self.runs}/classify-{name}-s{seed}.jsonl")
-                self.add("gold_eval.py", outs[-1], "classify", model=policy, out=outs[-1],
-                         reference=self.sft(""), gold=self.gold, data=f"{online}/stream.jsonl",
-                         **self.lengths)
-        return outs
-
-    def fig9(self):
-        return [run for seed in self.seeds for run in (
-            self.online(seed, "bo2"), self.shuffled(seed, "bo2"),
-            *(self.offline(seed, "bo2", lr=lr) for lr in self.scale["lrs"]))]
-
-    def fig10(self):
-        return [run for size in self.scale["sizes"] for seed in self.seeds for run in (
-            self.online(seed, size=size), self.shuffled(seed, size=size),
-            self.offline(seed, size=size, steps=self.scale["long"]))]
-
-    def fig12(self):
-        return self.fig5() + self.of_two("sft", "early") + self.of_two("early", "final")
-
-    def fig13(self):
-        beta = min(self.betas)  # drifts furthest, so that order can matter
-        return [self.online(seed, beta=beta) for seed in self.seeds] + [
-            self.shuffled(seed, beta=beta, window=window)
-            for seed in self.seeds for window in (1, *self.scale["windows"], 0)]
-
-    def tandem(self):
-        beta = min(self.betas)
-        return [self.online(self.seeds[0], beta=beta)] + [
-            self.shuffled(self.seeds[0], beta=beta, window=window)
-            for window in (1, self.scale["windows"][0])]
-
-    def losses(self):
-        return [run for seed in self.seeds for loss, betas in OTHER_BETAS.items() for beta in betas
-                for run in (self.online(seed, loss, beta), *(
-                    self.offline(seed, loss, beta, lr=lr) for lr in self.scale["lrs"]))]
-
-    def proxies(self):
-        """Proxies of fewer pairs of D_golden, or of other steps; offline always has all of it.
-
-        Each training seed has a proxy of its own: of other pairs, and all in another order.
+        Its `pairs` are those of D_golden where it names none, its own ("online"), two policies'
+        ("sft-vs-early") or, with a window (0: all shuffled, 1: in order), its online twin's stream.
         """
-        runs = self.sweep()
-        for share, steps in self.scale.get("proxies", PROXY_SHARES):
-            pairs = self.scale["pairs"] // share
-            for draw, seed in enumerate(self.seeds):
-                name = "proxy" + (f"-{pairs}pairs" if share > 1 else "")
-                name += (f"-{steps}steps" if steps else "") + (f"-draw{draw}" if draw else "")
-                flags = ({"steps": steps} if steps else {}) | ({"seed": seed} if draw else {})
-                data = self.d_golden if share == 1 else f"{self.data}/{name}/initial.jsonl"
-                if share > 1:
-                    self.add("tasks.py", data, "file", file=self.d_golden, pairs=pairs,
-                             out=f"{self.data}/{name}", **({"skip": draw * pairs} if draw else {}))
-                self.proxy(name, data, **flags)
-                runs += [self.online(seed, beta=beta, proxy=name) for beta in self.betas]
-        return runs
+        s, online = self.scale, pairs == "online"
+        beta, lr = None if loss == "bo2" else beta or s["beta"], lr or s["lr"]
+        strength = f"-b{beta}" if beta else ""
+        if online:
+            labeller = self.proxy(*proxy)
+            flags = dict(loss=loss, lr=lr, labeller=labeller, prompts=self.d_golden,
+                         refresh_every=every if every > 1 else None)
+            name = f"online-{loss}{strength}" + labeller.removeprefix(f"{self.runs}/proxy")
+            name += (f"-{steps}steps" if steps else "") + (f"-every{every}" if every > 1 else "")
+        else:
+            data = self.of_two(pairs, seed) if "-vs-" in pairs else self.d_golden
+            if window is not None:
+                data = self.train(seed, "online", loss, beta, size=size) + "/stream.jsonl"
+            flags = dict(lr=lr, data=data, shuffle_window=window)
+            name = (f"{loss}-{pairs}" if pairs else loss) + f"{strength}-lr{lr}"
+        steps = steps or s["steps"]
+        often = s.get("evaluations", 16 if steps > s["steps"] else 8)
+        return self.add("online_rlhf.py" if online else f"{loss}.py", model=self.sft(size),
+                        out=f"{self.runs}/{name}{size}-s{seed}", seed=seed, steps=steps, **flags,
+                        beta=beta, eval_data=self.d_golden, gold=self.gold, baseline=self.baseline,
+                        eval_every=max(1, steps // often), resume=True, **s["lengths"],
+                        **s["train"] | s["sizes"][size].get("train", {}))
 
+    def of_two(self, pairs, seed):
+        """Pairs sampled from two policies and labelled by the golden model; returns their file."""
+        s, early = self.scale, self.scale["steps"] // 5
+        found = {"sft": self.sft(), "early": self.train(seed, "online", steps=early),
+                 "final": self.train(seed, "online")}
+        model, other = (found[policy] for policy in pairs.split("-vs-"))
+        return self.add("gold_eval.py", "sample", model=model, other=other, gold=self.gold,
+                        data=self.d_golden, out=f"{self.data}/{pairs}-s{seed}.jsonl", seed=seed,
+                        prompts=s["steps"] * s["train"]["batch_size"])
 
-EXPERIMENTS = {  # name: the method that lists its runs
-    "main": Study.main, "fig1": Study.fig1, "fig4": Study.fig4, "fig6": Study.fig6,
-    "fig7": Study.fig4, "fig8": Study.fig4, "self": Study.fig4, "gap": Study.fig4,
-    "utility": Study.fig4, "logratio": Study.fig4, "refresh": Study.refresh, "fig9": Study.fig9,
-    "fig13": Study.fig13, "tandem": Study.tandem, "proxies": Study.proxies, "fig5": Study.fig5,
-    "fig12": Study.fig12, "losses": Study.losses, "fig10": Study.fig10, "fig11": Study.fig10,
-    "fig14": Study.fig10,
-}
-
-
-def name_of(args):
-    """Name of the study's folders in data/ and runs/."""
-    return args.scale + (f"-s{args.seed}" if args.seed else "")
+    def classify(self, seed, policy):
+        """Agreement of the proxy, an online or an offline run with the golden model on D_online."""
+        online, offline = self.train(seed, "online"), self.train(seed, steps=self.scale["long"])
+        return self.add("gold_eval.py", "classify", model=online if policy == "online" else offline,
+                        out=f"{self.runs}/classify-{policy}-s{seed}.jsonl", reference=self.sft(),
+                        gold=self.gold, data=f"{online}/stream.jsonl")
 
 
 def experiments(args):
     """({path: its command}, in dependency order; {(task, figure): what it draws})."""
-    stages, drawn = {}, {}
-    figures = args.only or SCALES[args.scale].get(
-        "figures", [name for name in EXPERIMENTS if name != "main"])
-    for task in SCALES[args.scale]["tasks"]:
-        study = Study(args, task, stages)
-        for figure in figures:
-            drawn[task, figure] = EXPERIMENTS[figure](study)
+    scale, stages, drawn = scale_of(args), {}, {}
+    chosen = args.only or scale.get("figures", [name for name in EXPERIMENTS if name != "main"])
+    for task in scale["tasks"]:
+        study, runs = Study(scale, task, stages), figures(scale)
+        for figure in chosen:
+            if figure == "main" and task == "toy":  # is the golden model right, by sure people?
+                study.add("reward.py", "label", model=study.gold,
+                          data=f"{study.data}/validation.jsonl",
+                          out=f"{study.data}/golden-validation.jsonl")
+            make = study.classify if figure == "fig6" else study.train
+            drawn[task, figure] = [make(**settings) for settings in runs[figure]]
     return stages, drawn
+
+
+def main(args):
+    scale, sizes = SCALES[args.scale], len(SCALES[args.scale]["sizes"])
+    if args.policy and len(args.policy) != sizes:
+        plots.stop(f"--policy: {args.scale} needs {sizes}, by size")
+    jobs = args.jobs if args.jobs is not None else min(CORES, 8) if "toy" in scale["tasks"] else 1
+    if jobs < 1:
+        plots.stop(f"--jobs {jobs} is out of range")
+    stages, drawn = experiments(args)
+    if args.list is not None:
+        found = waves(stages)
+        if not 0 <= args.list <= len(found):
+            plots.stop(f"--list {args.list}: there are waves 1 to {len(found)}")
+        for makes in found[args.list - 1] if args.list else sum(found, []):
+            about = f"  # about {hours(stages[makes]):.1f} h" if args.scale == "gpu" else ""
+            print(f"python {shlex.join(stages[makes])}{about}")
+        if args.scale == "gpu":
+            print(f"# about {sum(map(hours, stages.values())):.0f} hours in all on one H100: "
+                  "reckoned, not measured")
+        return
+    folder = f"runs/{scale_of(args)['name']}"
+    run(stages, jobs, folder)
+    for (task, figure), runs in drawn.items():
+        out = f"{folder}/figures" + (f"/{task}" if len(scale["tasks"]) > 1 else "")
+        plots.main(plots.parse_args([*runs, "--figure", figure, "--out", f"{out}/{figure}.png"]))
+        if figure == "main":
+            read = [plots.read_run(run) for run in runs]
+            names = [f"{run['source']}, beta {run['beta']}" for run in read]
+            result = "\n".join([table(dict(zip(names, read, strict=True))), "", at_equal_kl(*read),
+                                examples(dict(zip(names, runs, strict=True))), ""])
+            with open(f"{out}/main.md", "w", encoding="utf-8") as f:
+                f.write(result)
+            print(f"\n{result}{NEXT}")
+
+
+# ---- machinery: what needs what, processes, the demo's words -------------------------------------
+ABOUT = {  # what a command is for, by the name of what it makes, or its script
+    "gold": "learns which response people prefer, and then stands for people",
+    "golden.jsonl": "the pairs with the golden model's labels (D_golden): what all learn from",
+    "golden-validation.jsonl": "the same for held-out pairs, whose noise-free labels are known",
+    "golden-policy": "the opponent: an online run that is labelled by the golden model itself",
+    "golden-policy-baseline.jsonl": "the opponent's responses, against which all are judged",
+    "tasks.py": "pairs of responses with people's choices, and an untrained model",
+    "sft.py": "where all policies start: imitates the responses, good and bad",
+    "reward.py": "learns from D_golden to label the online run's responses",
+    "online_rlhf.py": "online: learns from its own responses, labelled by the proxy",
+    "ipo.py": "offline: learns from the fixed pairs of D_golden",
+    "dpo.py": "offline, with DPO's loss", "slic.py": "offline, with SLiC's loss",
+    "bo2.py": "offline, imitates the better response of each pair",
+    "gold_eval.py": "samples or judges"}
 
 
 def value_of(words, flag, default=None):
@@ -410,29 +380,25 @@ def start(words, threads, lock, log=None):
     os.makedirs(os.path.dirname(value_of(words, "--out")) or ".", exist_ok=True)
     with open(log, "a") if log else nullcontext() as file:
         return subprocess.Popen([sys.executable, script, *words[1:]], stdout=file, stderr=file,
-                                env=env,
-                                pass_fds=[lock.fileno()])  # an orphan keeps the next study waiting
-
-
-def cost(words):
-    """About how long a command takes, in gradient steps of an offline run."""
-    return 60 + int(value_of(words, "--steps", 60)) * (4 if words[0] == "online_rlhf.py" else 1)
+                                env=env, pass_fds=[lock.fileno()])  # an orphan holds the lock
 
 
 def hours(words):
     """About how long a command of --scale gpu takes on one H100: reckoned, not yet measured."""
     steps, made = int(value_of(words, "--steps", 0)), {"sample": 60, "classify": 300}
-    each = {"online_rlhf.py": 3, "sft.py": 1.5, "reward.py": 1}.get(words[0], 0.8)
+    step = {"online_rlhf.py": 3, "sft.py": 1.5, "reward.py": 1}.get(words[0], 0.8)
     judged = 1 + steps // int(value_of(words, "--eval-every", 1)) if "--gold" in words else 0
-    return (60 + each * steps + 60 * judged + made.get(words[1], 1200 * ("label" in words))) / 3600
+    return (60 + step * steps + 60 * judged + made.get(words[1], 1200 * ("label" in words))) / 3600
 
 
 def run(stages, jobs, folder):
     """Run the stages, `jobs` at once, each when what it reads is made; stop at a failure."""
     os.makedirs(f"{folder}/logs", exist_ok=True)
-    logs = {makes: f"{folder}/logs/{value_of(words, '--out').replace('/', '-')}.log" if jobs > 1
-            else None for makes, words in stages.items()}
-    costs = {makes: cost(words) for makes, words in stages.items()}
+    outs = {makes: value_of(words, "--out") for makes, words in stages.items()}
+    logs = {makes: f"{folder}/logs/{out.replace('/', '-')}.log" if jobs > 1 else None
+            for makes, out in outs.items()}
+    costs = {makes: 60 + int(value_of(words, "--steps", 60)) * (  # about, in steps offline
+        4 if words[0] == "online_rlhf.py" else 1) for makes, words in stages.items()}
     threads = {makes: max(1, CORES // min(jobs, len(wave)))  # alone in its wave: all cores
                for wave in waves(stages) for makes in wave}
     read, running, began, first = needs(stages), {}, {}, time.perf_counter()
@@ -444,7 +410,7 @@ def run(stages, jobs, folder):
                   file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         todo = [makes for makes in stages if not os.path.exists(makes)]
-        done, gone, total = len(stages) - len(todo), 0, sum(costs[makes] for makes in todo)
+        total = sum(costs[makes] for makes in todo)
         bar = tqdm(total=total, disable=not sys.stderr.isatty(), smoothing=0, bar_format=
                    "{percentage:3.0f}% |{bar}| {elapsed} gone, about {remaining} left")
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -453,25 +419,23 @@ def run(stages, jobs, folder):
                 for makes in todo:
                     if len(running) < jobs and not read[makes] & {*todo, *running}:
                         words, began[makes] = stages[makes], time.perf_counter()
-                        out = value_of(words, "--out")
-                        about = ABOUT.get(os.path.basename(out), ABOUT.get(words[0], ""))
-                        bar.write(f"{out}: {about}", sys.stdout)
+                        about = ABOUT.get(os.path.basename(outs[makes]), ABOUT.get(words[0], ""))
+                        bar.write(f"{outs[makes]}: {about}", sys.stdout)
                         running[makes] = start(words, threads[makes], lock, logs[makes])
                 todo = [makes for makes in todo if makes not in running]
                 time.sleep(0.05)
                 for makes in [m for m in running if running[m].poll() is not None]:
-                    words = stages[makes]
                     if status := running.pop(makes).returncode:
                         log = f"; see {logs[makes]}" if logs[makes] else ""
-                        print(f"error: `python {shlex.join(words)}` ended with status {status}"
-                              f"{log}", file=sys.stderr)
+                        print(f"error: `python {shlex.join(stages[makes])}` ended with status "
+                              f"{status}{log}", file=sys.stderr)
                         raise SystemExit(status if status > 0 else 128 - status)
-                    done += 1
                     bar.update(costs[makes])
-                    gone, now = gone + costs[makes], time.perf_counter()
-                    bar.write(f"[{done}/{len(stages)}] {value_of(words, '--out')} made in "
+                    left, now = [*todo, *running], time.perf_counter()
+                    ahead = sum(costs[m] for m in left)
+                    bar.write(f"[{len(stages) - len(left)}/{len(stages)}] {outs[makes]} made in "
                               f"{now - began[makes]:.0f} s; about "
-                              f"{(now - first) * (total / gone - 1) / 60:.1f} minutes left",
+                              f"{(now - first) * ahead / (total - ahead) / 60:.1f} minutes left",
                               sys.stdout)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
@@ -540,41 +504,6 @@ Three things to try next:
   diff dpo.py ipo.py                     # what tells one loss from another
   python study.py --scale demo --list    # the commands that were just run, to run one by one
   README.md, "Seven lessons"             # each a command, and what to look for in its output"""
-
-
-def main(args):
-    toy, sizes = SCALES[args.scale]["tasks"] == ["toy"], SCALES[args.scale]["sizes"]
-    if args.policy and len(args.policy) != len(sizes):
-        plots.stop(f"--policy: {args.scale} needs {len(sizes)}, by size")
-    jobs = args.jobs if args.jobs is not None else min(CORES, 8) if toy else 1
-    if jobs < 1:
-        plots.stop(f"--jobs {jobs} is out of range")
-    stages, drawn = experiments(args)
-    if args.list is not None:
-        found = waves(stages)
-        if not 0 <= args.list <= len(found):
-            plots.stop(f"--list {args.list}: there are waves 1 to {len(found)}")
-        for wave in [found[args.list - 1]] if args.list else found:
-            for makes in wave:
-                about = f"  # about {hours(stages[makes]):.1f} h" if args.scale == "gpu" else ""
-                print(f"python {shlex.join(stages[makes])}{about}")
-        if args.scale == "gpu":
-            print(f"# about {sum(map(hours, stages.values())):.0f} hours in all on one H100: "
-                  "reckoned, not measured")
-        return
-    run(stages, jobs, f"runs/{name_of(args)}")
-    for (task, figure), runs in drawn.items():
-        folder = f"runs/{name_of(args)}/figures" + (
-            f"/{task}" if len(SCALES[args.scale]["tasks"]) > 1 else "")
-        plots.main(plots.parse_args([*runs, "--figure", figure, "--out", f"{folder}/{figure}.png"]))
-        if figure == "main":
-            read = [plots.read_run(run) for run in runs]
-            names = [f"{run['source']}, beta {run['beta']}" for run in read]
-            result = "\n".join([table(dict(zip(names, read, strict=True))), "", at_equal_kl(*read),
-                                examples(dict(zip(names, runs, strict=True))), ""])
-            with open(f"{folder}/main.md", "w", encoding="utf-8") as f:
-                f.write(result)
-            print(f"\n{result}{NEXT}")
 
 
 if __name__ == "__main__":

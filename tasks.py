@@ -26,18 +26,6 @@ import re
 import sys
 from collections import Counter
 
-HUB = {  # name: (data set, file or None where the hub holds parquet alone)
-    "tldr": ("openai/summarize_from_feedback", None),
-    "helpful": ("Anthropic/hh-rlhf", "helpful-base/train.jsonl.gz"),
-    "harmless": ("Anthropic/hh-rlhf", "harmless-base/train.jsonl.gz"),
-    "arena": ("lmarena-ai/arena-human-preference-55k", "train.csv"),
-}
-CHAT_TEMPLATE = (  # for --scratch bases: the transcript form of Anthropic's data
-    "{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' "
-    "if m['role'] == 'assistant' else '\n\nSystem: ' }}{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -62,27 +50,19 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def stop(message, status=2):
-    """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
-    print("error:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(status)
-
-
 # ---- the toy language: everything visible, nothing downloaded ------------------------------------
-
-WORDS = {  # mood: adjectives, verbs, adverbs
-    "happy": ("merry jolly cheerful bright sunny playful", "danced sang laughed skipped twirled "
-              "clapped", "gladly brightly joyfully warmly"),
-    "sad": ("gloomy lonely tearful weary mournful grey", "wept sighed moped sobbed drooped grieved",
-            "sadly bitterly heavily quietly"),
-    "angry": ("furious grumpy fierce cross bitter stormy", "growled stamped shouted snarled raged "
-              "hissed", "angrily loudly sharply wildly"),
-    "sleepy": ("drowsy tired dreamy cosy yawning lazy", "napped dozed snored rested yawned slept",
-               "softly slowly deeply gently"),
-    "brave": ("bold daring valiant mighty fearless proud", "charged climbed leapt fought marched "
-              "explored", "boldly proudly firmly bravely"),
-}
-MOODS = {mood: [part.split() for part in parts] for mood, parts in WORDS.items()}
+MOODS = {mood: [words.split() for words in parts] for mood, parts in {
+    "happy": ("merry jolly cheerful bright sunny playful",  # adjectives, verbs, adverbs
+              "danced sang laughed skipped twirled clapped", "gladly brightly joyfully warmly"),
+    "sad": ("gloomy lonely tearful weary mournful grey",
+            "wept sighed moped sobbed drooped grieved", "sadly bitterly heavily quietly"),
+    "angry": ("furious grumpy fierce cross bitter stormy",
+              "growled stamped shouted snarled raged hissed", "angrily loudly sharply wildly"),
+    "sleepy": ("drowsy tired dreamy cosy yawning lazy",
+               "napped dozed snored rested yawned slept", "softly slowly deeply gently"),
+    "brave": ("bold daring valiant mighty fearless proud",
+              "charged climbed leapt fought marched explored", "boldly proudly firmly bravely"),
+}.items()}
 ANIMALS = "fox bear owl hare cat wolf duck goat mouse horse frog crow".split()
 PLACES = ["in the forest", "by the river", "on the hill", "at the market", "under the bridge",
           "near the mill", "behind the barn", "inside the cave"]
@@ -90,11 +70,13 @@ NOUNS = {"easy": ["sentences", "lines"], "hard": ["verses", "rhymes"]}  # the ta
 WISH = re.compile(rf"(\w+) (\w+) ({'|'.join(sum(NOUNS.values(), []))}) about a (\w+)")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 MOOD_OF = {word: mood for mood, parts in MOODS.items() for part in parts for word in part}
-ADJECTIVES, VERBS, ADVERBS = ({w for parts in MOODS.values() for w in parts[i]} for i in range(3))
+ADJECTIVES, VERBS, ADVERBS = ("|".join(sum(part, [])) for part in zip(*MOODS.values(), strict=True))
 SENTENCE = re.compile(
-    rf"the (?:(?:{'|'.join(sorted(ADJECTIVES))}) )?(?:{'|'.join(ANIMALS)}) "
-    rf"(?:{'|'.join(sorted(VERBS))})(?: and (?:{'|'.join(sorted(VERBS))}))?"
-    rf"(?: (?:{'|'.join(sorted(ADVERBS))}))?(?: (?:{'|'.join(PLACES)}))?")
+    rf"the (?:(?:{ADJECTIVES}) )?(?:{'|'.join(ANIMALS)}) (?:{VERBS})(?: and (?:{VERBS}))?"
+    rf"(?: (?:{ADVERBS}))?(?: (?:{'|'.join(PLACES)}))?")
+# taste: noise in units of U, and people a pair. Two people agree on 85% and on 75% of the pairs;
+# two panels of five, which decide on the hard pairs, on 85%
+PEOPLE = {"easy": (0.5, 1), "hard": (0.6, 5)}
 
 
 def toy_prompt(rng, taste="easy"):
@@ -156,8 +138,7 @@ def utility(prompt, response):
     sentences = [s.strip() for s in response.split(".") if s.strip()]
     if not sentences:
         return -5.0
-    words = [w for s in sentences for w in s.split()]
-    moods = [w for w in words if w in MOOD_OF]
+    moods = [w for s in sentences for w in s.split() if w in MOOD_OF]
     fit = sum(MOOD_OF[w] == mood for w in moods) / max(len(moods), 1)
     focus = sum(set(s.split()) & set(ANIMALS) == {animal} for s in sentences) / len(sentences)
     places = sum(place in response for place in PLACES)
@@ -189,41 +170,33 @@ def toy_pairs(count, seed, noise, taste="easy", people=1):
             continue
         votes = sum(rng.random() < 1 / (1 + math.exp(-gap / noise)) if noise else gap > 0
                     for _ in range(people))
-        a_wins = votes > people / 2
-        pairs.append({"prompt": prompt, "chosen": a if a_wins else b,
-                      "rejected": b if a_wins else a})
+        chosen, rejected = (a, b) if votes > people / 2 else (b, a)
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return pairs
 
 
-# taste: noise in units of U, and people a pair. Two people agree on 85% and on 75% of the pairs;
-# two panels of five, which decide on the hard pairs, on 85%
-PEOPLE = {"easy": (0.5, 1), "hard": (0.6, 5)}
-
-
 # ---- real data: one function a shape; each returns a pair or raises Drop -------------------------
-
-
 class Drop(Exception):
     """A row that carries no usable preference; the message is its reason, as counted."""
 
 
-def from_conversations(row):
-    """Two whole conversations; the prompt is all but the last turn.
+def need(holds, reason):
+    """Drop the row for this reason where something does not hold."""
+    if not holds:
+        raise Drop(reason)
 
-    They are message lists (ultrafeedback), or transcripts (Anthropic/hh-rlhf), whose last turn
-    begins after the last "Assistant:".
-    """
+
+def from_conversations(row):
+    """Two whole conversations; the prompt is all but the last turn. They are messages
+    (ultrafeedback), or transcripts (hh-rlhf), whose last turn begins at the last "Assistant:"."""
     if isinstance(row["chosen"], list):
         (*prompt, chosen), (*other, rejected) = row["chosen"], row["rejected"]
-        if prompt != other:
-            raise Drop("sides part before the last turn")
+        need(prompt == other, "sides part before the last turn")
         return prompt, chosen["content"], rejected["content"]
     (*prompt, chosen), (*other, rejected) = (
         row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected"))
-    if prompt != other or not any(prompt):
-        raise Drop("sides part before the last turn")
-    if "\n\nHuman:" in chosen + rejected:
-        raise Drop("a human turn inside the answer")
+    need(prompt == other and any(prompt), "sides part before the last turn")
+    need("\n\nHuman:" not in chosen + rejected, "a human turn inside the answer")
     return "".join(prompt), chosen, rejected
 
 
@@ -239,10 +212,8 @@ def from_pair(row):
 
 
 def turns(transcript):
-    """Anthropic's transcript, which ends with "Assistant:", as messages.
-
-    Two turns in a row of one speaker become one: chat templates want them to alternate.
-    """
+    """Anthropic's transcript, which ends with "Assistant:", as messages. Two turns in a row of one
+    speaker become one: chat templates want them to alternate."""
     first, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
     messages = []
     for name, text in zip(parts[:-2:2], parts[1:-2:2], strict=True):
@@ -251,17 +222,15 @@ def turns(transcript):
             messages[-1]["content"] += "\n\n" + text.strip()
         else:
             messages.append({"role": role, "content": text.strip()})
-    if first.strip() or not messages or [m["role"] for m in (messages[0], messages[-1])] != [
-            "user", "user"]:
-        raise Drop("a transcript that a human neither begins nor ends")
+    need(messages and not first.strip() and messages[0]["role"] == messages[-1]["role"] == "user",
+         "a transcript that a human neither begins nor ends")
     return messages
 
 
 def from_comparison(row):
     """openai/summarize_from_feedback: a Reddit post with two summaries and a choice."""
     info = row["info"]
-    if not info.get("post"):
-        raise Drop("not a Reddit post")
+    need(info.get("post"), "not a Reddit post")
     prompt = (f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\n"
               f"POST: {info['post']}\n\nTL;DR:")
     texts = [s["text"] and " " + s["text"].strip() for s in row["summaries"]]
@@ -270,50 +239,40 @@ def from_comparison(row):
 
 def from_arena_conversations(row):
     """lmsys/chatbot_arena_conversations: two conversations, a winner, a language."""
-    if row["language"] != "English":
-        raise Drop("other language")
-    if row["winner"] not in ("model_a", "model_b"):
-        raise Drop("tie")
+    need(row["language"] == "English", "other language")
+    need(row["winner"] in ("model_a", "model_b"), "tie")
     a, b = row["conversation_a"], row["conversation_b"]
-    a_wins = row["winner"] == "model_a"
-    return from_conversations({"chosen": a if a_wins else b, "rejected": b if a_wins else a})
+    chosen, rejected = (a, b) if row["winner"] == "model_a" else (b, a)
+    return from_conversations({"chosen": chosen, "rejected": rejected})
 
 
 def from_arena_55k(row):
     """lmarena-ai/arena-human-preference-55k: JSON-encoded turns a side, 0/1 winner columns."""
-    if row["winner_tie"] == "1":
-        raise Drop("tie")
+    need(row["winner_tie"] != "1", "tie")
     users, a, b = (json.loads(row[k]) for k in ("prompt", "response_a", "response_b"))
-    if not len(users) == len(a) == len(b):
-        raise Drop("turns without a reply")
+    need(len(users) == len(a) == len(b), "turns without a reply")
     a, b = ([message for user, reply in zip(users, side, strict=True)
              for message in ({"role": "user", "content": user},
                              {"role": "assistant", "content": reply})] for side in (a, b))
-    b_wins = row["winner_model_b"] == "1"
-    return from_conversations({"chosen": b if b_wins else a, "rejected": a if b_wins else b})
+    chosen, rejected = (b, a) if row["winner_model_b"] == "1" else (a, b)
+    return from_conversations({"chosen": chosen, "rejected": rejected})
 
 
 SHAPES = {  # a key that only this shape has: the function that reads it
     "winner_model_a": from_arena_55k, "conversation_a": from_arena_conversations,
-    "summaries": from_comparison, "prompt": from_pair,
-}
+    "summaries": from_comparison, "prompt": from_pair}
 
 
 def convert(row, as_text):
     """Bring one raw row of any known shape to (prompt, chosen, rejected), or raise Drop."""
     shape = next((SHAPES[key] for key in SHAPES if key in row), from_conversations)
     prompt, chosen, rejected = shape(row)
-    if None in (prompt, chosen, rejected) or (
-            isinstance(prompt, list) and any(m["content"] is None for m in prompt)):
-        raise Drop("null")
-    try:
-        json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Drop("half a surrogate pair") from None
-    if not chosen.strip() or not rejected.strip():
-        raise Drop("empty answer")
-    if chosen == rejected:
-        raise Drop("equal sides")
+    need(None not in (prompt, chosen, rejected) and not (
+        isinstance(prompt, list) and any(m["content"] is None for m in prompt)), "null")
+    text = json.dumps([prompt, chosen, rejected], ensure_ascii=False)
+    need(text == text.encode(errors="ignore").decode(), "half a surrogate pair")
+    need(chosen.strip() and rejected.strip(), "empty answer")
+    need(chosen != rejected, "equal sides")
     if not as_text and shape is from_conversations and isinstance(prompt, str):
         prompt, chosen, rejected = turns(prompt), chosen.strip(), rejected.strip()
     if as_text and isinstance(prompt, list):
@@ -322,50 +281,6 @@ def convert(row, as_text):
         prompt += "\n\nAssistant:"
         chosen, rejected = f" {chosen.strip()}", f" {rejected.strip()}"
     return prompt, chosen, rejected
-
-
-def raw_rows(path):
-    """Yield (line number, row) of a jsonl, jsonl.gz or csv file; a malformed line is an error."""
-    opener = gzip.open if path.endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as f:
-            if path.endswith(".csv"):
-                csv.field_size_limit(2**31 - 1)
-                yield from enumerate(csv.DictReader(f), 2)
-                return
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        stop(f"{path}:{number}: not a JSON object: {line.strip()[:40]!r}")
-                    yield number, row
-    except OSError as e:
-        stop(f"cannot read {path}: {e.strerror or e}; check --file")
-    except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
-        stop(f"{path}:{number}: malformed line ({e}); mend or remove it")
-
-
-def hub_rows(name, split):
-    """(row number, row) of a hub data set: its own file, or parquet through `datasets`."""
-    from huggingface_hub import hf_hub_download
-
-    repo, file = HUB.get(name, (name, None))
-    if not file:
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            stop(f"{repo} is parquet: `pip install datasets`, or pass a local copy by --file")
-    try:
-        if file:
-            return raw_rows(hf_hub_download(repo, file, repo_type="dataset"))
-        by_path = {} if repo == name else {  # the branch has no configs
-            "data_files": "comparisons/train/*.parquet", "revision": "refs/convert/parquet"}
-        return enumerate(load_dataset(repo, split=split, **by_path), 1)
-    except Exception as e:  # the hub's many errors all mean: not to be had from here
-        what = f"{repo}/{file}" if file else repo
-        stop(f"cannot download {what} ({type(e).__name__}: {str(e)[:100]}); check its name and "
-             "--split, or pass a local copy by --file")
 
 
 def real_pairs(name, file, limit, as_text, split="train"):
@@ -384,56 +299,6 @@ def real_pairs(name, file, limit, as_text, split="train"):
         if limit and len(pairs) == limit:
             break
     return pairs, dropped
-
-
-# ---- base models ---------------------------------------------------------------------------------
-
-
-def make_base(texts, out, width, layers, vocab, seed, words):
-    """Write a random Llama of `width` and `layers` with a tokenizer made from `texts` to `out`.
-
-    `words`: one token a word (the toy language); else byte-level BPE of at most `vocab` tokens.
-    """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
-
-    logging.disable_progress_bar()
-    specials = ["<pad>", "<eos>"]
-    if words:
-        known = sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]", t)})
-        ids = {w: i for i, w in enumerate([*specials, "<unk>", *known])}
-        core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-        core.pre_tokenizer = pre_tokenizers.Whitespace()
-        core.decoder = decoders.WordPiece()  # joins words, no space before a full stop
-    else:
-        core = Tokenizer(models.BPE())
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        core.decoder = decoders.ByteLevel()
-        core.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocab, special_tokens=specials, show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>",
-                                        clean_up_tokenization_spaces=False)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
-        num_hidden_layers=layers, num_attention_heads=max(width // 64, 4),
-        max_position_embeddings=2048, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=None, eos_token_id=1,
-        initializer_range=0.5 / width**0.5))  # the usual .02 suits a width of 600
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{out}: a random Llama, {size:,} parameters, {len(tokenizer):,} tokens")
-
-
-def write_jsonl(path, rows):
-    """Write rows to a temporary name, then rename: a reader never sees half a file."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
 
 
 def main(args):
@@ -478,6 +343,112 @@ def main(args):
                   args.layers or (2 if toy else 4), args.vocab, args.seed, words=toy)
     write_jsonl(f"{out}/initial.jsonl", pairs)
     print(f"{out}/initial.jsonl: {len(pairs):,} pairs")
+
+
+# ---- machinery: files, the hub, base models, errors ----------------------------------------------
+HUB = {  # name: (data set, its file; of parquet alone None, and what `load_dataset` has to know)
+    "tldr": ("openai/summarize_from_feedback", None, {  # the branch has no configs
+        "data_files": "comparisons/train/*.parquet", "revision": "refs/convert/parquet"}),
+    "helpful": ("Anthropic/hh-rlhf", "helpful-base/train.jsonl.gz", {}),
+    "harmless": ("Anthropic/hh-rlhf", "harmless-base/train.jsonl.gz", {}),
+    "arena": ("lmarena-ai/arena-human-preference-55k", "train.csv", {})}
+CHAT_TEMPLATE = (  # for --scratch bases: the transcript form of Anthropic's data
+    "{% for m in messages %}{{ '\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' "
+    "if m['role'] == 'assistant' else '\n\nSystem: ' }}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}")
+
+
+def raw_rows(path):
+    """Yield (line number, row) of a jsonl, jsonl.gz or csv file; a malformed line is an error."""
+    opener = gzip.open if path.endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as f:
+            if path.endswith(".csv"):
+                csv.field_size_limit(2**31 - 1)
+                yield from enumerate(csv.DictReader(f), 2)
+                return
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        stop(f"{path}:{number}: not a JSON object: {line.strip()[:40]!r}")
+                    yield number, row
+    except OSError as e:
+        stop(f"cannot read {path}: {e.strerror or e}; check --file")
+    except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
+        stop(f"{path}:{number}: malformed line ({e}); mend or remove it")
+
+
+def hub_rows(name, split):
+    """(row number, row) of a hub data set: its own file, or parquet through `datasets`."""
+    from huggingface_hub import hf_hub_download
+
+    repo, file, options = HUB.get(name, (name, None, {}))
+    if not file:
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            stop(f"{repo} is parquet: `pip install datasets`, or pass a local copy by --file")
+    try:
+        if file:
+            return raw_rows(hf_hub_download(repo, file, repo_type="dataset"))
+        return enumerate(load_dataset(repo, split=split, **options), 1)
+    except Exception as e:  # the hub's many errors all mean: not to be had from here
+        what = f"{repo}/{file}" if file else repo
+        stop(f"cannot download {what} ({type(e).__name__}: {str(e)[:100]}); check its name and "
+             "--split, or pass a local copy by --file")
+
+
+def make_base(texts, out, width, layers, vocab, seed, words):
+    """Write a random Llama of `width` and `layers` to `out`, with a tokenizer made from `texts`:
+    one token a word (`words`, the toy language), or byte-level BPE of at most `vocab` tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+
+    logging.disable_progress_bar()
+    specials = ["<pad>", "<eos>"]
+    if words:
+        known = sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]", t)})
+        ids = {w: i for i, w in enumerate([*specials, "<unk>", *known])}
+        core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+        core.decoder = decoders.WordPiece()  # joins words, no space before a full stop
+    else:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        core.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab, special_tokens=specials, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>",
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+        num_hidden_layers=layers, num_attention_heads=max(width // 64, 4),
+        max_position_embeddings=2048, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        initializer_range=0.5 / width**0.5))  # the usual .02 suits a width of 600
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"{out}: a random Llama, {model.num_parameters():,} parameters, "
+          f"{len(tokenizer):,} tokens")
+
+
+def write_jsonl(path, rows):
+    """Write rows to a temporary name, then rename: a reader never sees half a file."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+
+
+def stop(message, status=2):
+    """Print one line on stderr and exit; status 2 says that the user's input is at fault."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ def test_waves_hold_each_command_once_and_after_its_inputs(capsys):
     wave_of = {makes: i for i, wave in enumerate(waves) for makes in wave}
     assert all(wave_of[r] < wave_of[makes] for makes in stages for r in read[makes])
     assert read["data/toy/golden.jsonl"] == {"data/toy/initial.jsonl", "runs/toy/gold/final"}
+    assert read["runs/toy/sft-18k/final"] == {  # not a base/ that may be half there
+        "data/toy/initial.jsonl", "data/toy/18k/initial.jsonl"}
     shuffled = next(m for m in read if "/ipo-shuffled-b0.1" in m and m.endswith("-s1/final"))
     assert "runs/toy/online-ipo-b0.1-s1/final" in read[shuffled]
     study.main(args_of("--scale", "toy", "--list", "1"))
@@ -170,7 +172,7 @@ def judged(step, kl, win):
 @pytest.fixture
 def recorded(tmp_path):
     """Two seeds: online wins .1 more than offline at every KL; offline on its stream by order."""
-    kept, runs = dict(order="kept", shuffle_window=0), []
+    kept, runs = dict(shuffle_window=1), []
     for seed in (0, 1):
         start = judged(0, 0.0, 0.1) | {"loss": 9.0}, {"step": 1, "loss": 1.0, "seconds": 1.1}
         rows = [*start, judged(2, 1.0, 0.3), judged(4, 4.0, 0.5)]
@@ -181,10 +183,8 @@ def recorded(tmp_path):
             write_run(tmp_path / f"b{seed}", "ipo.py", less, data="golden.jsonl", seed=seed,
                       **kept),
             write_run(tmp_path / f"c{seed}", "ipo.py", rows, **kept, **stream),
-            write_run(tmp_path / f"d{seed}", "ipo.py", less, order="shuffled", shuffle_window=0,
-                      **stream),
-            write_run(tmp_path / f"e{seed}", "ipo.py", less, order="shuffled", shuffle_window=4,
-                      **stream)]
+            write_run(tmp_path / f"d{seed}", "ipo.py", less, shuffle_window=0, **stream),
+            write_run(tmp_path / f"e{seed}", "ipo.py", less, shuffle_window=4, **stream)]
     return runs
 
 
@@ -355,16 +355,20 @@ def test_matched_gap_by_hand(recorded):
 
 def test_sources_of_runs(tmp_path):
     rows = [judged(2, 1.0, 0.3)]
-    free = dict(order="shuffled", shuffle_window=0)
-    names = {"golden.jsonl": "offline", "data/sft-vs-early-s2.jsonl": "sft vs early",
-             "runs/a/stream.jsonl": "shuffled"}
-    for i, (data, source) in enumerate(names.items()):
-        run = plots.read_run(write_run(tmp_path / str(i), "dpo.py", rows, data=data, **free))
+    free, stream = dict(shuffle_window=0), "runs/a/stream.jsonl"
+    older = dict(order="kept", shuffle_window=0), dict(order="shuffled", shuffle_window=4)
+    cases = [("golden.jsonl", free, "offline"), ("golden.jsonl", older[0], "offline"),
+             ("data/sft-vs-early-s2.jsonl", free, "sft vs early"), (stream, free, "shuffled"),
+             (stream, dict(shuffle_window=1), "in order"), (stream, older[0], "in order"),
+             (stream, older[1], "windows of 4")]  # with --order, which is gone
+    for i, (data, order, source) in enumerate(cases):
+        run = plots.read_run(write_run(tmp_path / str(i), "dpo.py", rows, data=data, **order))
         assert (run["source"], run["loss"]) == (source, "dpo")
-    one, two = ("online", "ipo", "sft", "proxy-9pairs"), ("online", "ipo", "sft", "proxy")
-    some = [{"proxy_accuracy": ""}]
-    assert plots.legend(one, {one: some, two: some}) == "online by proxy-9pairs"
-    assert plots.legend(one, {one: some}) == "online"
+    runs = [dict(source="online", loss="ipo", model="sft", proxy=proxy, proxy_accuracy="")
+            for proxy in ("proxy-9pairs", "proxy")]
+    assert [group.label for group in plots.groups_of(runs)] == ["online by proxy-9pairs",
+                                                                "online by proxy"]
+    assert [group.label for group in plots.groups_of(runs[:1])] == ["online"]
     args = dict(script="online_rlhf.py", refresh_every=20, steps=400)
     assert plots.source_of(args) == "every 20 steps"
     assert plots.source_of(args | {"refresh_every": 1}) == "online"
@@ -509,7 +513,7 @@ def test_prompts_average_to_the_frontier():
             {"step": i, "gold/kl": rng.uniform(0.5, 9), "outcomes": won, "gold/win_rate": np.mean(
                 [int(x) / 2 for x in won])} for i, won in enumerate(outcomes)]})
     grid = np.log(np.linspace(1, 6, 20))
-    lines = plots.by_prompt(runs, grid)
+    lines = plots.frontiers(runs, grid, by_prompt=True).mean(0)
     assert lines.shape == (50, 20) and np.isfinite(lines).any()
     assert np.allclose(lines.mean(0), plots.frontiers(runs, grid).mean(0), equal_nan=True)
     *_, low, high = plots.matched_gap(runs, runs, [3.0])[3.0]
