@@ -75,9 +75,9 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (556, 251), "ipo.py": (556, 251), "slic.py": (561, 256), "bo2.py": (536, 231),
-    "sft.py": (505, 200), "online_rlhf.py": (841, 399), "reward.py": (688, 297),
-    "gold_eval.py": (587, 236), "tasks.py": (455, 455), "study.py": (510, 510),
+    "dpo.py": (579, 251), "ipo.py": (579, 251), "slic.py": (584, 256), "bo2.py": (559, 231),
+    "sft.py": (528, 200), "online_rlhf.py": (940, 416), "reward.py": (710, 298),
+    "gold_eval.py": (686, 243), "tasks.py": (455, 455), "study.py": (510, 510),
     "plots.py": (750, 750)}
 
 
