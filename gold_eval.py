@@ -88,8 +88,8 @@ def parse_args(argv=None):
         p.add_argument("--model", required=True, help="policy: run folder, folder or hub name")
         p.add_argument("--data", required=True, help="pairs (jsonl, jsonl.gz)")
         p.add_argument("--out", required=True, help="file to write")
-        p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
-        p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
+        p.add_argument("--max-prompt-tokens", type=int, default=896, help="longer: cut at left")
+        p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
         p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                        default=16384 if DEVICE.type == "cuda" else 1024)
         p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
@@ -337,7 +337,7 @@ def load_other(name, tokenizer, args):
 
 
 def plain_logps(model, pairs):
-    """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
+    """Summed log-probs of the responses of B pairs as (2, B), chosen first: one row a response."""
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
@@ -363,11 +363,11 @@ def pair_logps(model, pairs):
     def nll(hidden, targets):
         return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
-    size = max(1, LOGITS_AT_ONCE // len(head.weight))
+    size = max(1, LOGITS_AT_ONCE // len(head.weight))  # positions at once
     *chunks, last = zip(hidden.split(size), targets.split(size), strict=True)
     nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
                         for chunk in chunks), nll(*last)])
-    return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
+    return nlls.new_zeros(2 * len(pairs)).index_add(0, owners, -nlls).view(2, -1)
 
 
 def mask_for(model, visible, positions):
@@ -397,14 +397,16 @@ def choose_logps(model, pairs, args):
     sizes = args.max_prompt_tokens, args.max_response_tokens, args.max_response_tokens
     pool = cycle(i for pair in pairs for ids in pair for i in ids)
     longest = [[*islice(pool, size)] for size in sizes]
-    equal = torch.zeros(1)  # fp32 loses 1e-5; a mask that a model does not take costs whole nats
-    with suppress(Exception):
+    equal, why = torch.zeros(1), "other log-probs"  # fp32 loses 1e-5, a wrong mask whole nats
+    try:
         equal += all(torch.allclose(
             pair_logps(model, [pair]), plain_logps(model, [pair]), rtol=1e-4,
             atol=1e-4 * min(map(len, pair[1:]))) for pair in [*pairs[:3], longest])
+    except Exception as e:  # whatever a model raises at such a mask
+        why = f"{type(e).__name__}: {e}"
     if pooled(equal) == RANKS:  # all processes find it
         return pair_logps
-    print("this model does not take one row a pair: using plain rows")
+    print(f"this model does not take one row a pair ({why}): using plain rows")
     return plain_logps
 
 
@@ -413,7 +415,7 @@ def batch_logps(model, logps_of, pairs, tokens):
     """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
     logps = torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
-        if group or hasattr(model, "logps"):  # what is shared out all processes run
+        if group or hasattr(model, "logps"):  # see `shard`: all processes must run it
             logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
     return pooled(logps)
 

@@ -6,8 +6,10 @@
     python ipo.py --model runs/toy/sft --data data/toy/golden.jsonl --out runs/toy/ipo
 
 Copy this file anywhere: it imports nothing of ours (only with --gold gold_eval.py and reward.py).
+A line of --data is {"prompt": ..., "chosen": ..., "rejected": ...}: texts, or chat messages. Read
+`main` first, then `plain_logps`, `ipo_loss`, `preference_step`; `pair_logps` is the same, faster.
 The reference is the policy at the start: its log-probs are computed once, before training. They are
-summed over response tokens, EOS included. Dropout stays off. Shapes: B pairs, T tokens a row, N
+summed over response tokens, the end included. Dropout stays off. Shapes: B pairs, T tokens a row, N
 response tokens, V vocabulary. The lesson ends with `main`; what is below it every script has.
 
 MIT licence. `diff ipo.py dpo.py` shows another loss, `diff ipo.py online_rlhf.py` on-policy data.
@@ -46,18 +48,18 @@ autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.t
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--model", required=True, help="start and reference: run folder, folder or hub")
+    p.add_argument("--model", required=True, help="start and reference: run or model folder, hub")
     p.add_argument("--data", required=True, help="pairs, or a stream of token ids (jsonl[.gz])")
     p.add_argument("--out", required=True, help="run folder to write")
     p.add_argument("--steps", type=int, default=4000, help="gradient steps")
-    p.add_argument("--batch-size", type=int, default=32, help="prompts (one pair each) a step")
+    p.add_argument("--batch-size", type=int, default=32, help="prompts per step, one pair each")
     p.add_argument("--lr", type=float, default=1e-5, help="learning rate, constant after warm-up")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     p.add_argument("--beta", type=float, default=0.1, help="larger keeps closer to the reference")
     p.add_argument("--shuffle-window", type=int, default=0,
                    help="shuffle within windows of this many batches (0: the whole file, 1: kept)")
-    p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
-    p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
+    p.add_argument("--max-prompt-tokens", type=int, default=896, help="longer: cut at left")
+    p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
     p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                    default=16384 if DEVICE.type == "cuda" else 1024)
     p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
@@ -74,7 +76,7 @@ def parse_args(argv=None):
 
 
 def ipo_loss(logps, ref_logps, beta):
-    """IPO: (beta h - 1/2)^2 a pair (arXiv:2310.12036, in the form of 2405.08448).
+    """IPO: (beta h - 1/2)^2 per pair (arXiv:2310.12036, as in 2405.08448).
 
     logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
     """
@@ -83,7 +85,7 @@ def ipo_loss(logps, ref_logps, beta):
 
 
 def plain_logps(model, pairs):
-    """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
+    """Summed log-probs of the responses of B pairs as (2, B), chosen first: one row a response."""
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
@@ -115,7 +117,7 @@ def pack_pairs(pairs, device):
     visible = causal & ((key == 1) | (key == query))
     row, column = (segments > 1).nonzero(as_tuple=True)  # of every target
     prompt_length = (segments == 1).sum(1)[row]
-    is_first = positions[row, column] == prompt_length  # of its response: the last p predicts it
+    is_first = positions[row, column] == prompt_length  # of a response: the last p predicts it
     sources = row * length + torch.where(is_first, prompt_length, column) - 1
     owners = row + len(pairs) * (segments[row, column] - 2)
     return [x.to(device) for x in (
@@ -137,11 +139,11 @@ def pair_logps(model, pairs):
     def nll(hidden, targets):
         return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
-    size = max(1, LOGITS_AT_ONCE // len(head.weight))
+    size = max(1, LOGITS_AT_ONCE // len(head.weight))  # positions at once
     *chunks, last = zip(hidden.split(size), targets.split(size), strict=True)
     nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
                         for chunk in chunks), nll(*last)])
-    return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
+    return nlls.new_zeros(2 * len(pairs)).index_add(0, owners, -nlls).view(2, -1)
 
 
 def make_batches(steps, batch_size, rows, shuffle_window, seed):
@@ -149,7 +151,8 @@ def make_batches(steps, batch_size, rows, shuffle_window, seed):
 
     Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps its order.
     """
-    order, window = [], 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
+    window = min(shuffle_window * batch_size or rows, rows) if shuffle_window != 1 else 1
+    order = []
     for epoch in range(-(-steps * batch_size // rows)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order += [start + i for start in range(0, rows, window)
@@ -162,15 +165,15 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
     row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
-    Each of several processes gets its share of every list, of some perhaps none: all get as many.
+    Each of several processes gets its share of every list, perhaps an empty one: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
     groups, group, real_tokens = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
-        real_tokens += lengths[i]
-        fits = max(tokens // lengths[i], 1) * ranks  # rows of this length
-        most = min(fits * lengths[i], real_tokens / (1 - padding))
-        if not group or (len(group) + 1) * lengths[i] > most:
+        count, real_tokens = len(group) + 1, real_tokens + lengths[i]
+        fits = count <= max(tokens // lengths[i], 1) * ranks
+        dense = count * lengths[i] <= real_tokens / (1 - padding)
+        if not (group and fits and dense):
             group, real_tokens = [], lengths[i]
             groups.append(group)
         group.append(i)
@@ -182,7 +185,7 @@ def batch_logps(model, logps_of, pairs, tokens):
     """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
     logps = torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
-        if group or hasattr(model, "logps"):  # what is shared out all processes run
+        if group or hasattr(model, "logps"):  # see `shard`: all processes must run it
             logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
     return pooled(logps)
 
@@ -198,7 +201,7 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
         with autocast():
             group_logps = logps_of(policy, [pairs[i] for i in group])  # (2, pairs of the group)
         loss = loss_fn(group_logps, ref_logps[:, group].to(policy.device))
-        (loss.sum() / len(pairs)).backward()
+        (loss.sum() / len(pairs)).backward()  # of all groups together: the batch's mean
         losses[group], logps[:, group] = loss.detach().cpu(), group_logps.detach().cpu()
     losses, logps = pooled(losses), pooled(logps)
     metrics = {"loss": losses, "logps/chosen": logps[0]}
@@ -211,11 +214,11 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
             **{name: values.mean().item() for name, values in metrics.items()}}
 
 
-def optimizer_step(model, optimizer, lr, what):
+def optimizer_step(model, optimizer, lr, where):
     """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if not torch.isfinite(grad_norm):
-        fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
+        fail(f"{where}: the loss or its gradient is not finite; neither the weights nor the last "
              "checkpoint were touched. Look at those rows, or start again with a lower --lr")
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
@@ -228,26 +231,30 @@ def main(args):
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     batches = make_batches(args.steps, args.batch_size, len(pairs), args.shuffle_window, args.seed)
-    logps_of, evaluate = choose_logps(policy.to(DEVICE), pairs, args), None
-    if args.gold:  # a function of the step
+    logps_of = choose_logps(policy.to(DEVICE), pairs, args)  # pair_logps, if it is right
+    evaluate = None  # or a function of the step
+    if args.gold:
         from gold_eval import evaluator
         evaluate = evaluator(args, args.eval_data or args.data, policy, tokenizer, logps_of)
     logps_of = shard(policy, logps_of, args.checkpoint_activations)
     ref_logps = torch.zeros(2, len(pairs))
-    if not os.path.exists(f"{args.out}/checkpoint.safetensors"):  # which has them
-        epoch = batches[:-(-len(pairs) // args.batch_size)]  # as in training: they round alike
+    if not os.path.exists(f"{args.out}/checkpoint.safetensors"):  # a checkpoint holds them
+        epoch = batches[:-(-len(pairs) // args.batch_size)]  # grouped as in training: h starts at 0
         for rows in tqdm(epoch, "reference log-probs", disable=RANK > 0 or None):
             with autocast():
                 ref_logps[:, rows] = batch_logps(policy, logps_of, [pairs[i] for i in rows],
                                                  args.tokens_per_microbatch)
     loss_fn = partial(ipo_loss, beta=args.beta)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    # loads a checkpoint, if there is one, into all of these; logs what we add to `metrics`
     for step, metrics in training_steps(args, policy, optimizer, evaluate, ref_logps=ref_logps):
         rows = batches[step - 1]
-        metrics |= preference_step(policy, logps_of, loss_fn, [pairs[i] for i in rows],
-                                   ref_logps[:, rows], args.beta, args.tokens_per_microbatch)
+        metrics.update(preference_step(
+            policy, logps_of, loss_fn, [pairs[i] for i in rows], ref_logps[:, rows], args.beta,
+            args.tokens_per_microbatch))
         lr = args.lr * min(1.0, step / max(args.warmup, 1))
-        metrics |= optimizer_step(policy, optimizer, lr, f"{args.out}: step {step}, rows {rows}")
+        where = f"{args.out}: step {step}, rows {rows}"
+        metrics.update(optimizer_step(policy, optimizer, lr, where))
     finish_run(args, policy, tokenizer, metrics)
 
 
@@ -301,14 +308,16 @@ def choose_logps(model, pairs, args):
     sizes = args.max_prompt_tokens, args.max_response_tokens, args.max_response_tokens
     pool = cycle(i for pair in pairs for ids in pair for i in ids)
     longest = [[*islice(pool, size)] for size in sizes]
-    equal = torch.zeros(1)  # fp32 loses 1e-5; a mask that a model does not take costs whole nats
-    with suppress(Exception):
+    equal, why = torch.zeros(1), "other log-probs"  # fp32 loses 1e-5, a wrong mask whole nats
+    try:
         equal += all(torch.allclose(
             pair_logps(model, [pair]), plain_logps(model, [pair]), rtol=1e-4,
             atol=1e-4 * min(map(len, pair[1:]))) for pair in [*pairs[:3], longest])
+    except Exception as e:  # whatever a model raises at such a mask
+        why = f"{type(e).__name__}: {e}"
     if pooled(equal) == RANKS:  # all processes find it
         return pair_logps
-    print("this model does not take one row a pair: using plain rows")
+    print(f"this model does not take one row a pair ({why}): using plain rows")
     return plain_logps
 
 

@@ -7,9 +7,10 @@
         --prompts data/toy/golden.jsonl --out runs/toy/online-ipo
 
 With the proxy as labeller this is the paper's online run, with the golden model its golden policy.
-stream.jsonl records D_online: the token ids of every batch in order, exactly as sampled and trained
-on. An offline script with --data stream.jsonl --shuffle-window 1 repeats the run bit for bit on
-CPU.
+stream.jsonl records D_online: a line per pair, in the order of training, {"step", "prompt_ids",
+"chosen_ids", "rejected_ids", "margin"}: token ids as sampled, and how sure the labeller was. The
+offline script of the same loss and flags, with --data stream.jsonl --shuffle-window 1, repeats the
+run bit for bit on CPU. `main` and `sample_pairs` are what is new here; `sample` is the hard part.
 Between online and offline, --refresh-every K samples the responses of K steps at once, from the
 policy before the first of them (semi-online, arXiv:2506.21495). K = --steps is offline, on the
 starting policy's own responses.
@@ -65,8 +66,8 @@ autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.t
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--model", required=True, help="start and reference: run folder, folder or hub")
-    p.add_argument("--prompts", required=True, help="pairs whose prompts are drawn (jsonl[.gz])")
+    p.add_argument("--model", required=True, help="start and reference: run or model folder, hub")
+    p.add_argument("--prompts", required=True, help="pairs: only the prompts are used (jsonl[.gz])")
     p.add_argument("--labeller", required=True, help="preference model that picks the winner")
     p.add_argument("--loss", choices=["ipo", "dpo", "slic", "bo2"], default="ipo",
                    help="as in the script of that name")
@@ -74,12 +75,12 @@ def parse_args(argv=None):
     p.add_argument("--refresh-every", type=int, default=1,
                    help="steps whose responses are sampled at once, by the policy before the first")
     p.add_argument("--steps", type=int, default=4000, help="gradient steps")
-    p.add_argument("--batch-size", type=int, default=32, help="prompts (one pair each) a step")
+    p.add_argument("--batch-size", type=int, default=32, help="prompts per step, one pair each")
     p.add_argument("--lr", type=float, default=1e-5, help="learning rate, constant after warm-up")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     p.add_argument("--beta", type=float, default=0.1, help="larger keeps closer to the reference")
-    p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
-    p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
+    p.add_argument("--max-prompt-tokens", type=int, default=896, help="longer: cut at left")
+    p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
     p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                    default=16384 if DEVICE.type == "cuda" else 1024)
     p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
@@ -96,7 +97,7 @@ def parse_args(argv=None):
 
 
 def dpo_loss(logps, ref_logps, beta):
-    """DPO: log(1 + exp(-beta h)) a pair (arXiv:2305.18290, equation 7).
+    """DPO: log(1 + exp(-beta h)) per pair (arXiv:2305.18290, equation 7).
 
     logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
     """
@@ -105,7 +106,7 @@ def dpo_loss(logps, ref_logps, beta):
 
 
 def ipo_loss(logps, ref_logps, beta):
-    """IPO: (beta h - 1/2)^2 a pair (arXiv:2310.12036, in the form of 2405.08448).
+    """IPO: (beta h - 1/2)^2 per pair (arXiv:2310.12036, as in 2405.08448).
 
     logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
     """
@@ -114,7 +115,7 @@ def ipo_loss(logps, ref_logps, beta):
 
 
 def slic_loss(logps, ref_logps, beta, sft_weight=0.0):
-    """SLiC: max(0, 1 - beta h) - sft_weight * log pi(y_w|x) a pair (arXiv:2402.05749, 2305.10425).
+    """SLiC: max(0, 1 - beta h) - sft_weight * log pi(y_w|x) per pair (2402.05749, 2305.10425).
 
     logps, ref_logps: (2, B) summed log-probs, chosen first. Returns (B,).
     """
@@ -123,7 +124,7 @@ def slic_loss(logps, ref_logps, beta, sft_weight=0.0):
 
 
 def bo2_loss(logps, ref_logps):
-    """Best-of-2: - log pi(y_w|x) a pair, SFT on the winner (2405.08448, appendix B).
+    """Best-of-2: - log pi(y_w|x) per pair, SFT on the winner (2405.08448, appendix B).
 
     logps, ref_logps: (2, B) summed log-probs, chosen first; only logps[0] counts. Returns (B,).
     """
@@ -131,7 +132,7 @@ def bo2_loss(logps, ref_logps):
 
 
 def plain_logps(model, pairs):
-    """Summed log-probs of the responses of B pairs as (2, B), chosen first: read this one first."""
+    """Summed log-probs of the responses of B pairs as (2, B), chosen first: one row a response."""
     rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
@@ -163,7 +164,7 @@ def pack_pairs(pairs, device):
     visible = causal & ((key == 1) | (key == query))
     row, column = (segments > 1).nonzero(as_tuple=True)  # of every target
     prompt_length = (segments == 1).sum(1)[row]
-    is_first = positions[row, column] == prompt_length  # of its response: the last p predicts it
+    is_first = positions[row, column] == prompt_length  # of a response: the last p predicts it
     sources = row * length + torch.where(is_first, prompt_length, column) - 1
     owners = row + len(pairs) * (segments[row, column] - 2)
     return [x.to(device) for x in (
@@ -185,11 +186,11 @@ def pair_logps(model, pairs):
     def nll(hidden, targets):
         return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
-    size = max(1, LOGITS_AT_ONCE // len(head.weight))
+    size = max(1, LOGITS_AT_ONCE // len(head.weight))  # positions at once
     *chunks, last = zip(hidden.split(size), targets.split(size), strict=True)
     nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
                         for chunk in chunks), nll(*last)])
-    return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
+    return nlls.new_zeros(2 * len(pairs)).index_add(0, owners, -nlls).view(2, -1)
 
 
 def make_batches(steps, batch_size, rows, shuffle_window, seed):
@@ -197,7 +198,8 @@ def make_batches(steps, batch_size, rows, shuffle_window, seed):
 
     Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps its order.
     """
-    order, window = [], 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
+    window = min(shuffle_window * batch_size or rows, rows) if shuffle_window != 1 else 1
+    order = []
     for epoch in range(-(-steps * batch_size // rows)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order += [start + i for start in range(0, rows, window)
@@ -210,15 +212,15 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
     row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
-    Each of several processes gets its share of every list, of some perhaps none: all get as many.
+    Each of several processes gets its share of every list, perhaps an empty one: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
     groups, group, real_tokens = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
-        real_tokens += lengths[i]
-        fits = max(tokens // lengths[i], 1) * ranks  # rows of this length
-        most = min(fits * lengths[i], real_tokens / (1 - padding))
-        if not group or (len(group) + 1) * lengths[i] > most:
+        count, real_tokens = len(group) + 1, real_tokens + lengths[i]
+        fits = count <= max(tokens // lengths[i], 1) * ranks
+        dense = count * lengths[i] <= real_tokens / (1 - padding)
+        if not (group and fits and dense):
             group, real_tokens = [], lengths[i]
             groups.append(group)
         group.append(i)
@@ -308,7 +310,7 @@ def batch_logps(model, logps_of, pairs, tokens):
     """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
     logps = torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
-        if group or hasattr(model, "logps"):  # what is shared out all processes run
+        if group or hasattr(model, "logps"):  # see `shard`: all processes must run it
             logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
     return pooled(logps)
 
@@ -324,7 +326,7 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
         with autocast():
             group_logps = logps_of(policy, [pairs[i] for i in group])  # (2, pairs of the group)
         loss = loss_fn(group_logps, ref_logps[:, group].to(policy.device))
-        (loss.sum() / len(pairs)).backward()
+        (loss.sum() / len(pairs)).backward()  # of all groups together: the batch's mean
         losses[group], logps[:, group] = loss.detach().cpu(), group_logps.detach().cpu()
     losses, logps = pooled(losses), pooled(logps)
     metrics = {"loss": losses, "logps/chosen": logps[0]}
@@ -337,11 +339,11 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
             **{name: values.mean().item() for name, values in metrics.items()}}
 
 
-def optimizer_step(model, optimizer, lr, what):
+def optimizer_step(model, optimizer, lr, where):
     """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if not torch.isfinite(grad_norm):
-        fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
+        fail(f"{where}: the loss or its gradient is not finite; neither the weights nor the last "
              "checkpoint were touched. Look at those rows, or start again with a lower --lr")
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
@@ -371,29 +373,30 @@ def main(args):
     batches = make_batches(args.steps, args.batch_size, len(data), 0, args.seed)
     reference = copy.deepcopy(policy) if args.gold or args.loss != "bo2" else None
     actor = copy.deepcopy(policy) if RANKS > 1 else policy  # a whole model, to sample from
-    for model in {reference, actor} - {policy, None}:
-        model.to(DEVICE) if args.gold else halve(model)  # evaluation needs fp32
+    for model in {reference, actor} - {policy, None}:  # they are not trained
+        model.to(DEVICE) if args.gold else halve(model)  # KL is computed in fp32
     labeller, ends = load_labeller(args.labeller, tokenizer, args), end_ids(policy, tokenizer)
-    logps_of, evaluate = choose_logps(policy.to(DEVICE), data, args), None
-    if args.gold:  # a function of the step
+    logps_of = choose_logps(policy.to(DEVICE), data, args)  # pair_logps, if it is right
+    evaluate = None  # or a function of the step
+    if args.gold:
         from gold_eval import evaluator
         evaluate = evaluator(args, args.eval_data or args.prompts, policy, tokenizer, logps_of,
                              reference, actor)
-    policy_logps = shard(policy, logps_of, args.checkpoint_activations)
+    policy_logps = shard(policy, logps_of, args.checkpoint_activations)  # the reference stays whole
     loss_fn = {"ipo": partial(ipo_loss, beta=args.beta), "dpo": partial(dpo_loss, beta=args.beta),
                "slic": partial(slic_loss, beta=args.beta), "bo2": bo2_loss}[args.loss]
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     stream, waiting = f"{args.out}/stream.jsonl", []
+    # loads a checkpoint, if there is one, into all of these; logs what we add to `metrics`
     for step, metrics in training_steps(args, policy, optimizer, evaluate):
         rows = batches[step - 1]
         if (step - 1) % args.refresh_every == 0:  # sample and label the batches of so many steps
-            window = range(step, min(step + args.refresh_every, args.steps + 1))
-            waiting = sample_pairs(
-                args, refresh(actor, policy), labeller,
-                [data[i][0] for s in window for i in batches[s - 1]], ends, [
-                    torch.Generator().manual_seed((args.seed + 1 << 32) + s - 1) for s in window],
-                len(tokenizer))
-            waiting = [{"step": step + i // len(rows), **row} for i, row in enumerate(waiting)]
+            steps = range(step, min(step + args.refresh_every, args.steps + 1))
+            prompts = [data[i][0] for s in steps for i in batches[s - 1]]
+            noise = [torch.Generator().manual_seed((args.seed + 1 << 32) + s - 1) for s in steps]
+            sampled = sample_pairs(args, refresh(actor, policy), labeller, prompts, ends, noise,
+                                   len(tokenizer))
+            waiting = [{"step": step + i // len(rows), **row} for i, row in enumerate(sampled)]
             with open(stream if RANK == 0 else os.devnull, "a") as f:
                 f.writelines(json.dumps(row) + "\n" for row in waiting)
         elif not waiting:  # resumed within a window
@@ -405,14 +408,16 @@ def main(args):
         if args.loss == "bo2":
             pairs = [(prompt, chosen, []) for prompt, chosen, _ in pairs]  # the winners alone
         else:
+            beta = args.beta
             with autocast():
-                ref_logps, beta = batch_logps(reference, logps_of, pairs,
-                                              args.tokens_per_microbatch), args.beta
-        metrics |= preference_step(policy, policy_logps, loss_fn, pairs, ref_logps, beta,
-                                   args.tokens_per_microbatch)
+                ref_logps = batch_logps(reference, logps_of, pairs, args.tokens_per_microbatch)
+        metrics.update(preference_step(
+            policy, policy_logps, loss_fn, pairs, ref_logps, beta, args.tokens_per_microbatch))
         lr = args.lr * min(1.0, step / max(args.warmup, 1))
-        metrics |= optimizer_step(policy, optimizer, lr, f"{args.out}: step {step}, rows {rows}")
-        metrics |= {"ties": ties, "labeller_margin": sum(r["margin"] for r in batch) / len(batch)}
+        where = f"{args.out}: step {step}, rows {rows}"
+        metrics.update(optimizer_step(policy, optimizer, lr, where))
+        margin = sum(row["margin"] for row in batch) / len(batch)
+        metrics.update({"ties": ties, "labeller_margin": margin})
     finish_run(args, policy, tokenizer, metrics)
 
 
@@ -466,14 +471,16 @@ def choose_logps(model, pairs, args):
     sizes = args.max_prompt_tokens, args.max_response_tokens, args.max_response_tokens
     pool = cycle(i for pair in pairs for ids in pair for i in ids)
     longest = [[*islice(pool, size)] for size in sizes]
-    equal = torch.zeros(1)  # fp32 loses 1e-5; a mask that a model does not take costs whole nats
-    with suppress(Exception):
+    equal, why = torch.zeros(1), "other log-probs"  # fp32 loses 1e-5, a wrong mask whole nats
+    try:
         equal += all(torch.allclose(
             pair_logps(model, [pair]), plain_logps(model, [pair]), rtol=1e-4,
             atol=1e-4 * min(map(len, pair[1:]))) for pair in [*pairs[:3], longest])
+    except Exception as e:  # whatever a model raises at such a mask
+        why = f"{type(e).__name__}: {e}"
     if pooled(equal) == RANKS:  # all processes find it
         return pair_logps
-    print("this model does not take one row a pair: using plain rows")
+    print(f"this model does not take one row a pair ({why}): using plain rows")
     return plain_logps
 
 

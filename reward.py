@@ -72,8 +72,8 @@ def parse_args(argv=None):
     label.add_argument("--data", required=True, help="pairs to label (jsonl, jsonl.gz)")
     label.add_argument("--out", required=True, help="file to write (jsonl)")
     for p in (train, label):
-        p.add_argument("--max-prompt-tokens", type=int, default=896, help="the left is cut")
-        p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
+        p.add_argument("--max-prompt-tokens", type=int, default=896, help="longer: cut at left")
+        p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
         p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                        default=16384 if DEVICE.type == "cuda" else 1024)
         p.add_argument("--trust-remote-code", action="store_true",
@@ -102,7 +102,7 @@ def pack_pairs(pairs, device):
     visible = causal & ((key == 1) | (key == query))
     row, column = (segments > 1).nonzero(as_tuple=True)  # of every target
     prompt_length = (segments == 1).sum(1)[row]
-    is_first = positions[row, column] == prompt_length  # of its response: the last p predicts it
+    is_first = positions[row, column] == prompt_length  # of a response: the last p predicts it
     sources = row * length + torch.where(is_first, prompt_length, column) - 1
     owners = row + len(pairs) * (segments[row, column] - 2)
     return [x.to(device) for x in (
@@ -174,7 +174,8 @@ def make_batches(steps, batch_size, rows, shuffle_window, seed):
 
     Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps its order.
     """
-    order, window = [], 1 if shuffle_window == 1 else min(shuffle_window * batch_size or rows, rows)
+    window = min(shuffle_window * batch_size or rows, rows) if shuffle_window != 1 else 1
+    order = []
     for epoch in range(-(-steps * batch_size // rows)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order += [start + i for start in range(0, rows, window)
@@ -187,15 +188,15 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
     row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
-    Each of several processes gets its share of every list, of some perhaps none: all get as many.
+    Each of several processes gets its share of every list, perhaps an empty one: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
     groups, group, real_tokens = [], [], 0
     for i in sorted(range(len(rows)), key=lengths.__getitem__):
-        real_tokens += lengths[i]
-        fits = max(tokens // lengths[i], 1) * ranks  # rows of this length
-        most = min(fits * lengths[i], real_tokens / (1 - padding))
-        if not group or (len(group) + 1) * lengths[i] > most:
+        count, real_tokens = len(group) + 1, real_tokens + lengths[i]
+        fits = count <= max(tokens // lengths[i], 1) * ranks
+        dense = count * lengths[i] <= real_tokens / (1 - padding)
+        if not (group and fits and dense):
             group, real_tokens = [], lengths[i]
             groups.append(group)
         group.append(i)
@@ -219,11 +220,11 @@ def preference_model_step(model, logits_of, batch, flip, tokens):
     return {"tokens": sum(map(len, sum(batch, ()))), "loss": loss, "accuracy": right / len(batch)}
 
 
-def optimizer_step(model, optimizer, lr, what):
+def optimizer_step(model, optimizer, lr, where):
     """Clip the gradient to norm 1 and update; stop before the weights move if it is not finite."""
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if not torch.isfinite(grad_norm):
-        fail(f"{what}: the loss or its gradient is not finite; neither the weights nor the last "
+        fail(f"{where}: the loss or its gradient is not finite; neither the weights nor the last "
              "checkpoint were touched. Look at those rows, or start again with a lower --lr")
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
@@ -249,18 +250,21 @@ def train(args):
     logits_of = shard(model, preference_logits, args.checkpoint_activations)
     batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    # of every evaluation its accuracy, ece and order disagreement; a checkpoint holds them
     found = torch.full((-(-args.steps // args.eval_every), 3), -1.0, dtype=torch.float64)
     for step, metrics in training_steps(args, model, optimizer, found=found):
         scores = found[:(step - 1) // args.eval_every, 0].tolist()  # validation accuracies so far
         if scores and scores[::-1].index(max(scores)) >= args.patience:
             break  # it has levelled off
-        rows, coin = batches[step - 1], torch.Generator().manual_seed(
-            1_000_003 * args.seed + step - 1)
-        flip = torch.randint(2, (len(rows),), generator=coin).tolist()
+        rows, coin = batches[step - 1], torch.Generator()
+        coin.manual_seed(1_000_003 * args.seed + step - 1)
+        flip = torch.randint(2, (len(rows),), generator=coin).tolist()  # the order of the two
         batch = [swap([pairs[i]])[0] if f else pairs[i] for i, f in zip(rows, flip, strict=True)]
-        metrics |= preference_model_step(model, logits_of, batch, flip, args.tokens_per_microbatch)
+        metrics.update(preference_model_step(
+            model, logits_of, batch, flip, args.tokens_per_microbatch))
         lr = args.lr * min(1.0, step / max(args.warmup, 1))
-        metrics |= optimizer_step(model, optimizer, lr, f"{args.out}: step {step}, rows {rows}")
+        where = f"{args.out}: step {step}, rows {rows}"
+        metrics.update(optimizer_step(model, optimizer, lr, where))
         if step % args.eval_every == 0 or step == args.steps:
             assessed = assess(model, validation, args.tokens_per_microbatch, logits_of)
             metrics |= {f"validation/{k}": v for k, v in assessed.items()}

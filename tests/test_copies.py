@@ -75,9 +75,9 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (579, 251), "ipo.py": (579, 251), "slic.py": (584, 256), "bo2.py": (559, 231),
-    "sft.py": (528, 200), "online_rlhf.py": (940, 416), "reward.py": (710, 298),
-    "gold_eval.py": (686, 243), "tasks.py": (455, 455), "study.py": (510, 510),
+    "dpo.py": (588, 258), "ipo.py": (588, 258), "slic.py": (593, 263), "bo2.py": (566, 236),
+    "sft.py": (534, 204), "online_rlhf.py": (947, 421), "reward.py": (714, 302),
+    "gold_eval.py": (688, 243), "tasks.py": (455, 455), "study.py": (510, 510),
     "plots.py": (750, 750)}
 
 
