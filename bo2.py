@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from contextlib import suppress
 from functools import partial
 from itertools import cycle, islice
@@ -385,6 +386,11 @@ def turn_end(tokenizer):
 def open_run(args):
     """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
     given = {"script": os.path.basename(__file__), **vars(args)}
+    for name, value in vars(args).items():  # what a file holds is as much a flag as its name
+        files = [x for x in (value if isinstance(value, list) else [value]) if x and name != "out"]
+        for path in filter(os.path.isfile, map(str, files)):
+            with open(path, "rb") as f:
+                given[f"checksum of {path}"] = zlib.crc32(f.read())
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
     if not os.path.exists(f"{args.out}/metrics.jsonl"):
@@ -398,9 +404,14 @@ def open_run(args):
     else:
         started, = read_jsonl(f"{args.out}/args.json")
         free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
-        changed = [k for k, v in given.items() if k not in free and started.get(k) != v]
+        changed = [f"{k} ({started.get(k)}, now {v})" for k, v in given.items()
+                   if k not in free and started.get(k) != v]
         if changed:
             fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
+    if args.warmup > args.steps:
+        print(f"--warmup {args.warmup} is longer than the run: --lr will not be reached")
+    if getattr(args, "baseline", None) and not args.gold:
+        print("--baseline has no effect without --gold")
 
 
 def training_steps(args, model, optimizer, evaluate=None, **kept):
@@ -428,11 +439,17 @@ def training_steps(args, model, optimizer, evaluate=None, **kept):
         except (SafetensorError, RuntimeError, AttributeError) as e:
             fail(f"{path} is damaged or of another model ({e}); remove {args.out} to start over")
     logs = {name: f"{args.out}/{name}.jsonl" for name in ("metrics", "samples", "stream")}
+    log = open(logs["metrics"] if RANK == 0 else os.devnull, "a", buffering=1)
+    try:
+        if RANK == 0 and os.name == "posix":
+            import fcntl
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as the log is open
+    except OSError:
+        fail(f"another process is training into {args.out}")
     for name in [x for x in logs if os.path.exists(logs[x])]:
         if os.path.getsize(logs[name]) < saved.get(name, 0):
             fail(f"{logs[name]} is shorter than it was; mend it, or remove {args.out}")
         os.truncate(logs[name], saved.get(name, 0))  # a killed run wrote more than it saved
-    log = open(logs["metrics"] if RANK == 0 else os.devnull, "a", buffering=1)
     if evaluate and not saved["done"]:  # where training starts from: KL 0, accuracies 1/2
         log.write(json.dumps({"step": 0, **evaluate(0)}) + "\n")
     caught = []  # SIGINT or SIGTERM: the step is finished and saved first

@@ -12,7 +12,17 @@ import sys
 
 import pytest
 import torch
-from conftest import ARGS, ROOT, Fork, flags, rows_of, same_weights, train, weights_of
+from conftest import (
+    ARGS,
+    ROOT,
+    Fork,
+    flags,
+    rows_of,
+    same_weights,
+    script,
+    train,
+    weights_of,
+)
 
 LOSSES = ["ipo", "dpo", "slic", "bo2"]
 SHORT = dict(steps=4, batch_size=8, warmup=2, lr=1e-2)
@@ -364,7 +374,51 @@ def test_resume_needs_the_same_flags(toy, tmp_path, capsys):
     shutil.rmtree(f"{out}/final")
     with pytest.raises(SystemExit):
         offline(toy, "dpo", out, resume=True, beta=0.7)
-    assert "another beta" in capsys.readouterr().err
+    assert "another beta (0.1, now 0.7)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         offline(toy, "ipo", out, resume=True)
-    assert "another script" in capsys.readouterr().err
+    assert "another script (dpo.py, now ipo.py)" in capsys.readouterr().err
+
+
+def test_resume_needs_the_same_data(toy, tmp_path, capsys):
+    """A file of the same name with other rows: refused, with both checksums."""
+    data, out = f"{tmp_path}/pairs.jsonl", f"{tmp_path}/r"
+    lines = open(f"{toy}/data/golden.jsonl").readlines()
+    with open(data, "w") as f:
+        f.writelines(lines[:40])
+    offline(toy, "dpo", out, data=data)
+    shutil.rmtree(f"{out}/final")
+    offline(toy, "dpo", out, data=data, resume=True)
+    shutil.rmtree(f"{out}/final")
+    with open(data, "w") as f:
+        f.writelines(lines[:39])
+    with pytest.raises(SystemExit) as stop:
+        offline(toy, "dpo", out, data=data, resume=True)
+    assert stop.value.code == 2
+    assert re.search(r"another checksum of \S+ \(\d+, now \d+\)", capsys.readouterr().err)
+
+
+def test_one_run_a_folder_at_a_time(toy, tmp_path):
+    """While a run trains, a second one into its folder is refused, and the first goes on."""
+    words = [f"{ROOT}/dpo.py", *flags(
+        model=f"{toy}/sft", data=f"{toy}/data/golden.jsonl", out=f"{tmp_path}/r", resume=True,
+        max_prompt_tokens=32, max_response_tokens=40, save_every=5, **SHORT | dict(steps=9999))]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first = Fork(tmp_path / "a", script, *words)
+    while not os.path.exists(f"{tmp_path}/r/checkpoint.safetensors"):
+        assert first.process.is_alive(), first.end()
+    status, _, err = Fork(tmp_path / "b", script, *words).end()
+    assert status == 2 and "another process is training into" in err
+    assert first.process.is_alive()
+    first.process.terminate()
+    assert first.end()[0] == 128 + signal.SIGTERM
+
+
+def test_flags_that_do_nothing_are_said(toy, tmp_path, capsys):
+    offline(toy, "dpo", f"{tmp_path}/a", warmup=5, baseline=f"{toy}/baseline.jsonl")
+    out = capsys.readouterr().out
+    assert "--warmup 5 is longer than the run" in out
+    assert "--baseline has no effect without --gold" in out
+    offline(toy, "dpo", f"{tmp_path}/b", warmup=4)
+    assert "--warmup" not in capsys.readouterr().out
