@@ -255,7 +255,7 @@ def train(args):
     found = torch.full((-(-args.steps // args.eval_every), 3), -1.0, dtype=torch.float64)
     for step, metrics in training_steps(args, model, optimizer, found=found):
         scores = found[:(step - 1) // args.eval_every, 0].tolist()  # validation accuracies so far
-        if scores and scores[::-1].index(max(scores)) >= args.patience:
+        if scores and len(scores) - 1 - scores.index(max(scores)) >= args.patience:
             break  # it has levelled off
         rows, coin = batches[step - 1], torch.Generator()
         coin.manual_seed(1_000_003 * args.seed + step - 1)

@@ -77,21 +77,26 @@ def test_stream_ids_are_kept(tmp_path):
     assert load(tmp_path, [row], tokenizer()) == [([9] * 9, [5, 1], [1])]
 
 
-def batches(steps, rows=10, shuffle_window=0, seed=0):
-    return dpo.make_batches(steps, 4, rows, shuffle_window, seed)
+def order(steps, rows, window=0, seed=0):
+    batches = dpo.make_batches(steps, 4, rows, window, seed)
+    assert [len(batch) for batch in batches] == [4] * steps
+    return sum(batches, [])
 
 
-def test_orders():
-    assert batches(3, shuffle_window=1) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
-    flat = sum(batches(5), [])
-    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert flat[:10] != list(range(10)) and batches(5) == batches(5) != batches(5, seed=1)
-    assert batches(5)[:2] == batches(2)  # a longer run begins as a shorter one
-
-
-def test_shuffle_window():
-    """Rows stay within their window of 2 batches of 4; over a whole file every place is reached."""
-    flat = sum(batches(6, rows=24, shuffle_window=2), [])
-    assert sorted(flat) == list(range(24))
-    assert [i // 8 for i in flat] == [0] * 8 + [1] * 8 + [2] * 8 and flat != list(range(24))
-    assert max(abs(i - j) for i, j in enumerate(sum(batches(6, rows=24), []))) > 8
+def test_epochs_and_windows():
+    """No row comes twice before all have come; none leaves its window, and all move within it."""
+    flat = order(5, 10)
+    first, second = flat[:10], flat[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert list(range(10)) != first != second != list(range(10))
+    assert order(2, 10) == flat[:8]  # a longer run begins as a shorter one
+    assert max(abs(i - j) for i, j in enumerate(order(6, 24))) > 8  # over the whole file
+    flat = order(9, 18, window=2)  # of 8, 8 and 2 rows, twice
+    for at in (0, 8, 18, 26):
+        rows = list(range(at % 18, at % 18 + 8))
+        assert sorted(flat[at:at + 8]) == rows != flat[at:at + 8]
+    assert sorted(flat[16:18]) == sorted(flat[34:]) == [16, 17] and flat[:18] != flat[18:]
+    assert order(3, 10, window=1) == [*range(10), 0, 1]  # as they stand
+    assert order(5, 10, window=3) == order(5, 10)  # a window that holds the file
+    other = order(5, 10, seed=1)
+    assert other[:10] not in (first, second) and other[10:] != second

@@ -49,6 +49,18 @@ def test_gradient_by_finite_differences(name):
                                     .requires_grad_())
 
 
+@pytest.mark.parametrize("form", ["ipo", "slic", "dpo"])
+def test_where_a_loss_pulls(form):
+    """IPO back from beyond h = 1/(2 beta), SLiC not at all beyond 1/beta, DPO ever further."""
+    h = torch.tensor([-1.0, 0.0, 0.9, 1.1, 1.9, 2.1, 9.0]) / (2 * BETA)
+    logps = torch.stack([h - 7, torch.full_like(h, -7)]).requires_grad_()
+    FORMS[form][0](logps, torch.zeros_like(logps)).sum().backward()
+    pull = -logps.grad  # where a step goes
+    assert torch.equal(pull[0], -pull[1])
+    assert pull[0].sign().tolist() == {"ipo": [1, 1, 1, -1, -1, -1, -1], "dpo": [1] * 7,
+                                       "slic": [1, 1, 1, 1, 1, 0, 0]}[form]
+
+
 def test_values_by_hand():
     zero, one = torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
     assert dpo_loss(zero, zero, 0.1).item() == pytest.approx(math.log(2))

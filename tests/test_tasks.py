@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT, SHARED, Fork, rows_of, script
+from conftest import ROOT, SHARED, Fork, flags, rows_of, script
 
 import tasks
 
@@ -108,6 +108,26 @@ def test_most_of_five_people_decide():
 
 def test_deterministic_by_seed():
     assert tasks.toy_pairs(50, 3, 0.5) == tasks.toy_pairs(50, 3, 0.5) != tasks.toy_pairs(50, 4, 0.5)
+
+
+@pytest.mark.parametrize("taste", ["easy", "hard"])
+def test_toy_files(tmp_path, monkeypatch, taste):
+    """A tenth of initial.jsonl's labels are wrong, none of validation.jsonl's; no pair is in two
+    files, of one seed or of two."""
+    monkeypatch.setattr(tasks, "make_base", lambda *_, **__: None)
+    pairs, u = set(), tasks.utility
+    for seed, name, due in ((0, "initial", 0.1), (0, "validation", 0), (1, "initial", 0.1),
+                            (1, "validation", 0)):
+        if name == "initial":
+            tasks.main(tasks.parse_args(["toy", "--out", f"{tmp_path}/{seed}", *flags(
+                seed=seed, pairs=2000, taste=taste)]))
+        rows = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows_of(
+            f"{tmp_path}/{seed}/{name}.jsonl")]
+        wrong = sum(u(x, chosen) < u(x, rejected) for x, chosen, rejected in rows)
+        assert len(rows) == 2000 and wrong == pytest.approx(due * 2000, abs=due * 400)
+        assert all(tasks.WISH.search(x)[3] in tasks.NOUNS[taste] for x, *_ in rows)
+        assert pairs.isdisjoint(rows) and pairs.isdisjoint({(x, b, a) for x, a, b in rows})
+        pairs |= set(rows)
 
 
 def test_skip_takes_the_next_pairs(tmp_path):
