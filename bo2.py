@@ -58,7 +58,7 @@ def parse_args(argv=None):
     p.add_argument("--max-response-tokens", type=int, default=128, help="the right is cut")
     p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                    default=16384 if DEVICE.type == "cuda" else 1024)
-    p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
+    p.add_argument("--gold", help="golden model, or judge.py: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
@@ -232,22 +232,42 @@ def main(args):
 
 
 # ==== The lesson ends here. Below is machinery, the same in every script: model and data ==========
-def load_model(kind, name, args, **options):
-    """(Model in fp32, tokenizer) of a run folder, a model folder or the hub; `kind` loads it."""
+@torch.no_grad()
+def load_model(kind, name, args, new=()):
+    """(Model in fp32, tokenizer) of a run folder, a folder or the hub; `new` weights may lack."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = f"{name}/final" if os.path.isdir(f"{name}/final") else name
-    remote = {"trust_remote_code": args.trust_remote_code}
+    here, remote = os.path.isdir(path), {"trust_remote_code": args.trust_remote_code}
+    if not here and (path.count("/") > 1 or os.path.isdir(os.path.dirname(path))):
+        fail(f"{name}: no such folder")
+    if os.path.exists(f"{path}/adapter_config.json"):
+        fail(f"{name} is an adapter; merge the adapter into its model first (merge_and_unload)")
     try:
-        model = kind.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, **remote, **options)
+        model, found = kind.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **remote)
         tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+        ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
+        whole, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
+                        for n in (8, 4))
     except Exception as e:  # many kinds; each means that this model is not to be had
-        fail(f"cannot load a model and its tokenizer from {name}: {str(e)[:200]}")
-    known, embedded = len(tokenizer), model.get_input_embeddings().num_embeddings
-    if tokenizer.eos_token_id is None or not 1 < known <= embedded:
-        fail(f"{name}: its tokenizer has {known} tokens, EOS {tokenizer.eos_token}; needed are an "
-             f"EOS and at most the {embedded} tokens that the model embeds")
+        fail(f"cannot load a model and its tokenizer from {name}{'' if here else ' (no folder)'}: "
+             f"{e}; needed are config.json, all weights as safetensors (no .bin, which is pickle, "
+             "no LFS pointer, none quantised, no adapter) and the tokenizer's files")
+    lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
+    tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
+    for wrong, why in (
+            (lost, f"lacks {len(lost)} weights of its model ({min(lost, default='')}, ..) or has "
+             "them in other shapes or by other names (module., _orig_mod., base_model.model.)"),
+            (getattr(model.config, "quantization_config", 0), "is quantised; take the original"),
+            (not (whole - start).norm() <= 1e-4 * start.norm(), "sees tokens that follow, in each "
+             "of its tokens; needed is a causal language model"),
+            (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
+             f"has a tokenizer of {len(tokenizer)} tokens, EOS {tokenizer.eos_token}; needed is an "
+             f"EOS among the {rows} tokens that the model embeds")):
+        if wrong:
+            fail(f"{name} {why}")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
@@ -290,7 +310,7 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    known = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
+    known = list(range(getattr(tokenizer, "known", len(tokenizer))))  # one object an id: 8 bytes
     pairs, cut_prompts, cut_responses = [], 0, 0
     rows = read_jsonl(path, partial(read_pair, tokenizer, turn_end(tokenizer), (
         max_prompt, max_response, max_response)), "; prompt, chosen and rejected must be texts "
@@ -308,6 +328,8 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
                 cut_prompts += over > 0
                 cut_responses += sum(len(ids) > max_response for ids in responses)
                 pair = prompt, *(ids[:max_response] for ids in responses)
+            if max(map(max, pair)) >= len(known):
+                fail(f"{path}: pair {len(pairs) + 1} has a token that the model does not embed")
             pairs.append(tuple([known[i] for i in ids] for ids in pair))
     if not pairs:
         fail(f"{path}: no pairs in it")
