@@ -261,8 +261,6 @@ def load_model(kind, name, args, new=()):
     here, remote = os.path.isdir(path), {"trust_remote_code": args.trust_remote_code}
     if not here and (path.count("/") > 1 or os.path.isdir(os.path.dirname(path))):
         fail(f"{name}: no such folder")
-    if os.path.exists(f"{path}/adapter_config.json"):
-        fail(f"{name} is an adapter; merge the adapter into its model first (merge_and_unload)")
     try:
         model, found = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -271,23 +269,23 @@ def load_model(kind, name, args, new=()):
         ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
         whole, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
                         for n in (8, 4))
+        lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
+        tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
+        for wrong, why in (
+                (os.path.exists(f"{path}/adapter_config.json"), "it is an adapter"),
+                (getattr(model.config, "quantization_config", None), "it is quantised"),
+                (lost, f"{len(lost)} weights are not there in their shape and by their name (is "
+                 f"there a prefix, as module. or base_model.model.?): {sorted(lost)[:2]}"),
+                (not (whole - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
+                (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
+                 f"of {len(tokenizer)} tokens (the model embeds {rows}) EOS is "
+                 f"{tokenizer.eos_token}")):
+            if wrong:
+                raise ValueError(why)
     except Exception as e:  # many kinds; each means that this model is not to be had
         fail(f"cannot load a model and its tokenizer from {name}{'' if here else ' (no folder)'}: "
-             f"{e}; needed are config.json, all weights as safetensors (no .bin, which is pickle, "
-             "no LFS pointer, none quantised, no adapter) and the tokenizer's files")
-    lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
-    tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
-    for wrong, why in (
-            (lost, f"lacks {len(lost)} weights of its model ({min(lost, default='')}, ..) or has "
-             "them in other shapes or by other names (module., _orig_mod., base_model.model.)"),
-            (getattr(model.config, "quantization_config", 0), "is quantised; take the original"),
-            (not (whole - start).norm() <= 1e-4 * start.norm(), "sees tokens that follow, in each "
-             "of its tokens; needed is a causal language model"),
-            (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
-             f"has a tokenizer of {len(tokenizer)} tokens, EOS {tokenizer.eos_token}; needed is an "
-             f"EOS among the {rows} tokens that the model embeds")):
-        if wrong:
-            fail(f"{name} {why}")
+             f"{e}; needed are a causal language model with all weights as safetensors (no pickled "
+             ".bin, no LFS pointer, none quantised; merge an adapter first) and tokenizer files")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")

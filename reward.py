@@ -160,13 +160,12 @@ def both_orders(model, pairs, tokens, logits_of=preference_logits):
 
 
 def prefer(model, pairs, tokens=8192):
-    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1): y1 is preferred iff above 0.
+    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1), or a judge.py's: y1 wins iff above 0.
 
     Swapping y1 and y2 flips the sign, so that no position bias is left; two equal responses have
-    margin 0. A user's own judge (`load_labeller`) gives any finite numbers.
+    margin 0.
     """
-    own = not isinstance(model, torch.nn.Module)
-    first, second = (model(pairs), 0) if own else both_orders(model, pairs, tokens)
+    first, second = (both_orders if hasattr(model, "config") else ask_judge)(model, pairs, tokens)
     equal = torch.tensor([a == b for _, a, b in pairs], dtype=torch.bool)
     return finite((first - second).masked_fill(equal, 0), pairs)
 
@@ -310,8 +309,6 @@ def load_model(kind, name, args, new=()):
     here, remote = os.path.isdir(path), {"trust_remote_code": args.trust_remote_code}
     if not here and (path.count("/") > 1 or os.path.isdir(os.path.dirname(path))):
         fail(f"{name}: no such folder")
-    if os.path.exists(f"{path}/adapter_config.json"):
-        fail(f"{name} is an adapter; merge the adapter into its model first (merge_and_unload)")
     try:
         model, found = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -320,23 +317,23 @@ def load_model(kind, name, args, new=()):
         ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
         whole, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
                         for n in (8, 4))
+        lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
+        tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
+        for wrong, why in (
+                (os.path.exists(f"{path}/adapter_config.json"), "it is an adapter"),
+                (getattr(model.config, "quantization_config", None), "it is quantised"),
+                (lost, f"{len(lost)} weights are not there in their shape and by their name (is "
+                 f"there a prefix, as module. or base_model.model.?): {sorted(lost)[:2]}"),
+                (not (whole - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
+                (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
+                 f"of {len(tokenizer)} tokens (the model embeds {rows}) EOS is "
+                 f"{tokenizer.eos_token}")):
+            if wrong:
+                raise ValueError(why)
     except Exception as e:  # many kinds; each means that this model is not to be had
         fail(f"cannot load a model and its tokenizer from {name}{'' if here else ' (no folder)'}: "
-             f"{e}; needed are config.json, all weights as safetensors (no .bin, which is pickle, "
-             "no LFS pointer, none quantised, no adapter) and the tokenizer's files")
-    lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
-    tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
-    for wrong, why in (
-            (lost, f"lacks {len(lost)} weights of its model ({min(lost, default='')}, ..) or has "
-             "them in other shapes or by other names (module., _orig_mod., base_model.model.)"),
-            (getattr(model.config, "quantization_config", 0), "is quantised; take the original"),
-            (not (whole - start).norm() <= 1e-4 * start.norm(), "sees tokens that follow, in each "
-             "of its tokens; needed is a causal language model"),
-            (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
-             f"has a tokenizer of {len(tokenizer)} tokens, EOS {tokenizer.eos_token}; needed is an "
-             f"EOS among the {rows} tokens that the model embeds")):
-        if wrong:
-            fail(f"{name} {why}")
+             f"{e}; needed are a causal language model with all weights as safetensors (no pickled "
+             ".bin, no LFS pointer, none quantised; merge an adapter first) and tokenizer files")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
@@ -476,7 +473,7 @@ def load_labeller(name, tokenizer, args):
             spec = importlib.util.spec_from_file_location("judge", name)
             judge = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(judge)
-            return partial(ask_judge, name, judge.prefer, tokenizer)
+            return name, judge.prefer, tokenizer
         except Exception as e:  # anything may happen there
             fail(f"cannot use {name}: {type(e).__name__}: {e}")
     model, own = load_preference_model(name, args)
@@ -487,15 +484,16 @@ def load_labeller(name, tokenizer, args):
 
 
 @torch.no_grad()
-def ask_judge(name, judge, tokenizer, pairs):
-    """Margins (B,) by the function of a judge file; each of several processes asks for a share."""
+def ask_judge(judge, pairs, _):
+    """Margins (B,) by a judge file, and 0; each of several processes asks for a share of them."""
+    name, function, tokenizer = judge
     margins, mine = torch.zeros(len(pairs), dtype=torch.float64), pairs[RANK::RANKS]
     texts = [tokenizer.batch_decode(x, skip_special_tokens=True) for x in zip(*mine, strict=True)]
     try:
-        margins[RANK::RANKS] = torch.as_tensor(judge(*texts) if mine else []).view(len(mine))
+        margins[RANK::RANKS] = torch.as_tensor(function(*texts) if mine else []).view(len(mine))
     except Exception as e:
         fail(f"{name}: prefer() of {len(mine)} pairs: {type(e).__name__}: {e}")
-    return pooled(margins)
+    return pooled(margins), 0
 
 
 def finite(margins, pairs):
