@@ -441,7 +441,7 @@ class Scored:
 def load_preference_model(name, args, kind=None):
     """Load (preference model in fp32, tokenizer); `kind` starts one from a language model.
 
-    It is saved as a transformers sequence classifier with one label; its config holds the kind.
+    A saved one is a transformers sequence classifier with one label; its config holds the kind.
     """
     def load(path, trust_remote_code, **options):
         remote = {"trust_remote_code": trust_remote_code}
@@ -449,11 +449,12 @@ def load_preference_model(name, args, kind=None):
         config.preference_kind = kind or getattr(config, "preference_kind", None)
         if not config.preference_kind:
             fail(f"{name} is not a preference model; make one with `reward.py train`")
-        with torch.device("meta"):  # for its class
-            causal = type(AutoModelForCausalLM.from_config(config, **remote))
-        return type(causal.__name__.replace("CausalLM", "SequenceClassification"), (Scored, causal),
-                    {"__module__": causal.__module__}).from_pretrained(
-                        path, config=config, **options)
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(config, **remote)
+        body, causal = plain.base_model_prefix, type(plain)
+        return type(causal.__name__, (Scored, causal), {
+            "__module__": causal.__module__, "base_model_prefix": body if hasattr(plain, body) else
+            "model"}).from_pretrained(path, config=config, **options)  # Llama 4 has another prefix
 
     model, tokenizer = load_model(SimpleNamespace(from_pretrained=load), name, args,
                                   ["score.weight"] if kind else [])

@@ -317,6 +317,21 @@ def test_a_judge_that_fails_is_one_line(tmp_path, capsys, text, says):
     assert says in line and ("judge.py" in line or "margin" in says)
 
 
+def test_each_of_several_processes_asks_for_its_share(tmp_path, monkeypatch):
+    """What they find adds up to what one finds; one without a pair asks nothing."""
+    path = judge(tmp_path / "judge.py", "def prefer(prompts, first, second):\n"
+                 "    assert prompts\n    return [1.5 if x == 'c' else -2 for x in first]")
+    labeller, found = reward.load_labeller(path, tokenizer(), ARGS), []
+    pairs = [([4], [6], [5]), ([4], [5], [6]), ([4], [6], [7])]
+    whole = reward.prefer(labeller, pairs)
+    monkeypatch.setattr(reward, "RANKS", 4)
+    monkeypatch.setattr(reward, "pooled", lambda x: x)
+    for rank in range(4):
+        monkeypatch.setattr(reward, "RANK", rank)
+        found.append(reward.prefer(labeller, pairs))
+    assert sum(found).tolist() == whole.tolist() == [1.5, -2, 1.5] and not found[3].any()
+
+
 def test_no_judge_there(tmp_path, capsys):
     line = refused(capsys, reward.load_labeller, f"{tmp_path}/no.py", tokenizer(), ARGS)
     assert "cannot use" in line and "no.py" in line
