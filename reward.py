@@ -306,9 +306,10 @@ def load_model(kind, name, args, new=()):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = f"{name}/final" if os.path.isdir(f"{name}/final") else name
-    here, remote = os.path.isdir(path), {"trust_remote_code": args.trust_remote_code}
-    if not here and (path.count("/") > 1 or os.path.isdir(os.path.dirname(path))):
-        fail(f"{name}: no such folder")
+    remote = {"trust_remote_code": args.trust_remote_code}
+    if not os.path.isdir(path):  # at once: the hub's retries take half a minute
+        ours = path.count("/") > 1 or os.path.isdir(os.path.dirname(path))
+        (fail if ours else print)(f"{name}: no such folder{'' if ours else '; asking the hub'}")
     try:
         model, found = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -331,9 +332,9 @@ def load_model(kind, name, args, new=()):
             if wrong:
                 raise ValueError(why)
     except Exception as e:  # many kinds; each means that this model is not to be had
-        fail(f"cannot load a model and its tokenizer from {name}{'' if here else ' (no folder)'}: "
-             f"{e}; needed are a causal language model with all weights as safetensors (no pickled "
-             ".bin, no LFS pointer, none quantised; merge an adapter first) and tokenizer files")
+        fail(f"cannot load a model and its tokenizer from {name}: {e}; needed are a causal model, "
+             "all its weights as safetensors (a .bin, which can run code, an LFS pointer and "
+             "quantised ones are refused; merge an adapter first) and tokenizer files")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")

@@ -81,10 +81,10 @@ def adapter(path):
     (prefixed("module."), "21 weights are not there"), (prefixed("_orig_mod."), "21 weights"),
     (prefixed("base_model.model."), "as module. or base_model.model."),
     (without("layers.1."), "9 weights"), (without("lm_head"), "['lm_head.weight']"),
-    (narrowed, "2 weights"), (quantised, "none quantised"), (adapter, "merge an adapter first"),
-    (pickled, "no pickled .bin"),
+    (narrowed, "2 weights"), (quantised, "quantised"), (adapter, "merge an adapter first"),
+    (pickled, "a .bin, which can run code"),
     (lambda path: named(path, "model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
-     "no LFS pointer"),
+     "an LFS pointer"),
     (lambda path: os.remove(f"{path}/model.safetensors"), "no file named model.safetensors"),
     (lambda path: os.remove(f"{path}/tokenizer.json"), "and tokenizer files"),
 ])
@@ -109,6 +109,12 @@ def test_a_mistyped_path_is_said_at_once(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(dpo, "AutoTokenizer", None)  # nothing is asked for
     assert refused(capsys, load_model, name) == f"error: {name}: no such folder"
+
+
+def test_what_may_be_of_the_hub_is_asked_there(capsys):
+    with pytest.raises(SystemExit):
+        load_model("nobody/nothing")  # offline
+    assert capsys.readouterr().out == "nobody/nothing: no such folder; asking the hub\n"
 
 
 def test_a_cause_is_told_whole(tmp_path, capsys):

@@ -75,8 +75,8 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (576, 251), "ipo.py": (576, 251), "slic.py": (581, 256), "bo2.py": (556, 231),
-    "sft.py": (525, 200), "online_rlhf.py": (861, 400), "reward.py": (770, 299),
+    "dpo.py": (577, 251), "ipo.py": (577, 251), "slic.py": (582, 256), "bo2.py": (557, 231),
+    "sft.py": (526, 200), "online_rlhf.py": (862, 400), "reward.py": (771, 299),
     "gold_eval.py": (587, 236), "tasks.py": (484, 484), "study.py": (581, 581),
     "plots.py": (780, 780)}
 
