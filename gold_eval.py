@@ -76,14 +76,14 @@ def parse_args(argv=None):
     judge = commands.add_parser("judge", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     judge.add_argument("--reference", required=True, help="policy that training started from")
     judge.add_argument("--baseline", required=True, help="file of baseline responses (sample)")
-    judge.add_argument("--gold", required=True, help="golden preference model")
+    judge.add_argument("--gold", required=True, help="golden preference model, or judge.py")
     draw = commands.add_parser("sample", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     draw.add_argument("--other", help="second policy: write pairs, labelled by --gold")
-    draw.add_argument("--gold", help="golden preference model (with --other)")
+    draw.add_argument("--gold", help="golden preference model, or judge.py (with --other)")
     draw.add_argument("--prompts", type=int, default=2048, help="prompts at the most")
     follow = commands.add_parser("classify", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     follow.add_argument("--reference", required=True, help="policy that training started from")
-    follow.add_argument("--gold", required=True, help="golden preference model")
+    follow.add_argument("--gold", required=True, help="golden preference model, or judge.py")
     for p in (judge, draw, follow):
         p.add_argument("--model", required=True, help="policy: run folder, folder or hub name")
         p.add_argument("--data", required=True, help="pairs (jsonl, jsonl.gz)")
@@ -102,7 +102,7 @@ def evaluate(policy, judge):
     """Judge a policy: ({"gold/...": number, "outcomes"}, 256 samples). Always the same noise."""
     generator = torch.Generator().manual_seed(judge.seed)
     draw = partial(sample, policy, max_tokens=judge.max_tokens, ends=judge.ends,
-                   generator=generator, known=len(judge.tokenizer), tokens=judge.tokens)
+                   generator=generator, known=judge.tokenizer.known, tokens=judge.tokens)
     twice = judge.prompts[:KL_PROMPTS]
     with autocast():  # around all steps, so that the weights are cast once
         two = draw(twice, 2)  # two responses each, for the self-classification
@@ -179,7 +179,7 @@ def write_samples(args, policy, tokenizer):
     def draw(model):
         with autocast():
             return sample(model, prompts, 1, args.max_response_tokens, end_ids(model, tokenizer),
-                          generator, len(tokenizer), args.tokens_per_microbatch)
+                          generator, tokenizer.known, args.tokens_per_microbatch)
 
     responses = draw(policy)
     if not args.other:
@@ -276,7 +276,7 @@ def load_judge(args, data, reference, tokenizer, logps_of=None):
         for key, limit in limits.items():
             ids = row[key] or []
             if not (0 < len(ids) <= limit and all(
-                    type(i) is int and 0 <= i < len(tokenizer) for i in ids)):
+                    type(i) is int and 0 <= i < tokenizer.known for i in ids)):
                 raise ValueError(f"{key} must be 1 to {limit} tokens that the tokenizer has")
         return [row[key] for key in limits]
 
@@ -331,7 +331,7 @@ def refresh(actor, policy):
 def load_other(name, tokenizer, args):
     """Load a policy that is compared with another one: it must have the same tokenizer."""
     model, own = load_model(AutoModelForCausalLM, name, args)
-    if own.get_vocab() != tokenizer.get_vocab():
+    if own.get_vocab() != tokenizer.get_vocab() or own.known < tokenizer.known:
         fail(f"{name} has another tokenizer than {args.model}")
     return model.to(DEVICE)
 

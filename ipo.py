@@ -63,7 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
     p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                    default=16384 if DEVICE.type == "cuda" else 1024)
-    p.add_argument("--gold", help="golden preference model: evaluate against --baseline")
+    p.add_argument("--gold", help="golden model, or judge.py: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
@@ -260,22 +260,41 @@ def main(args):
 
 
 # ==== The lesson ends here. Below is machinery, the same in every script: model and data ==========
-def load_model(kind, name, args, **options):
-    """(Model in fp32, tokenizer) of a run folder, a model folder or the hub; `kind` loads it."""
+@torch.no_grad()
+def load_model(kind, name, args, new=()):
+    """(Model in fp32, tokenizer) of a run folder, a folder or the hub; `new` weights may lack."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = f"{name}/final" if os.path.isdir(f"{name}/final") else name
     remote = {"trust_remote_code": args.trust_remote_code}
+    if not os.path.isdir(path):  # at once: the hub's retries take half a minute
+        ours = path.count("/") > 1 or os.path.isdir(os.path.dirname(path))
+        (fail if ours else print)(f"{name}: no such folder{'' if ours else '; asking the hub'}")
     try:
-        model = kind.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, **remote, **options)
+        model, found = kind.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **remote)
         tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+        ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
+        whole, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
+                        for n in (8, 4))
+        lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
+        tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
+        for wrong, why in (
+                (os.path.exists(f"{path}/adapter_config.json"), "it is an adapter"),
+                (getattr(model.config, "quantization_config", None), "it is quantised"),
+                (lost, f"{len(lost)} weights are not there in their shape and by their name (is "
+                 f"there a prefix, as module. or base_model.model.?): {sorted(lost)[:2]}"),
+                (not (whole - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
+                (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
+                 f"of {len(tokenizer)} tokens (the model embeds {rows}) EOS is "
+                 f"{tokenizer.eos_token}")):
+            if wrong:
+                raise ValueError(why)
     except Exception as e:  # many kinds; each means that this model is not to be had
-        fail(f"cannot load a model and its tokenizer from {name}: {str(e)[:200]}")
-    known, embedded = len(tokenizer), model.get_input_embeddings().num_embeddings
-    if tokenizer.eos_token_id is None or not 1 < known <= embedded:
-        fail(f"{name}: its tokenizer has {known} tokens, EOS {tokenizer.eos_token}; needed are an "
-             f"EOS and at most the {embedded} tokens that the model embeds")
+        fail(f"cannot load a model and its tokenizer from {name}: {e}; needed are a causal model, "
+             "all its weights as safetensors (a .bin, which can run code, an LFS pointer and "
+             "quantised ones are refused; merge an adapter first) and tokenizer files")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
@@ -343,7 +362,7 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    known = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
+    known = list(range(getattr(tokenizer, "known", len(tokenizer))))  # one object an id: 8 bytes
     pairs, cut_prompts, cut_responses = [], 0, 0
     rows = read_jsonl(path, partial(read_pair, tokenizer, turn_end(tokenizer), (
         max_prompt, max_response, max_response)), "; prompt, chosen and rejected must be texts "
@@ -361,6 +380,8 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
                 cut_prompts += over > 0
                 cut_responses += sum(len(ids) > max_response for ids in responses)
                 pair = prompt, *(ids[:max_response] for ids in responses)
+            if max(map(max, pair)) >= len(known):
+                fail(f"{path}: pair {len(pairs) + 1} has a token that the model does not embed")
             pairs.append(tuple([known[i] for i in ids] for ids in pair))
     if not pairs:
         fail(f"{path}: no pairs in it")

@@ -15,6 +15,7 @@ MIT licence. Shared: `prefer` is what gold_eval.py and online_rlhf.py call.
 
 import argparse
 import gzip
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import zlib
 from contextlib import suppress
 from functools import partial
 from itertools import cycle, islice
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -35,7 +37,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -160,14 +162,14 @@ def both_orders(model, pairs, tokens, logits_of=preference_logits):
 
 
 def prefer(model, pairs, tokens=8192):
-    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1): y1 is preferred iff above 0.
+    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1), or a judge.py's: y1 wins iff above 0.
 
     Swapping y1 and y2 flips the sign, so that no position bias is left; two equal responses have
     margin 0.
     """
-    first, second = both_orders(model, pairs, tokens)
+    first, second = (both_orders if hasattr(model, "config") else ask_judge)(model, pairs, tokens)
     equal = torch.tensor([a == b for _, a, b in pairs], dtype=torch.bool)
-    return (first - second).masked_fill(equal, 0)
+    return finite((first - second).masked_fill(equal, 0), pairs)
 
 
 def make_batches(steps, batch_size, rows, shuffle_window, seed):
@@ -304,22 +306,41 @@ def main(args):
 
 
 # ==== The lesson ends here. Below is machinery, the same in every script: model and data ==========
-def load_model(kind, name, args, **options):
-    """(Model in fp32, tokenizer) of a run folder, a model folder or the hub; `kind` loads it."""
+@torch.no_grad()
+def load_model(kind, name, args, new=()):
+    """(Model in fp32, tokenizer) of a run folder, a folder or the hub; `new` weights may lack."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = f"{name}/final" if os.path.isdir(f"{name}/final") else name
     remote = {"trust_remote_code": args.trust_remote_code}
+    if not os.path.isdir(path):  # at once: the hub's retries take half a minute
+        ours = path.count("/") > 1 or os.path.isdir(os.path.dirname(path))
+        (fail if ours else print)(f"{name}: no such folder{'' if ours else '; asking the hub'}")
     try:
-        model = kind.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, **remote, **options)
+        model, found = kind.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **remote)
         tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+        ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
+        whole, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
+                        for n in (8, 4))
+        lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
+        tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
+        for wrong, why in (
+                (os.path.exists(f"{path}/adapter_config.json"), "it is an adapter"),
+                (getattr(model.config, "quantization_config", None), "it is quantised"),
+                (lost, f"{len(lost)} weights are not there in their shape and by their name (is "
+                 f"there a prefix, as module. or base_model.model.?): {sorted(lost)[:2]}"),
+                (not (whole - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
+                (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
+                 f"of {len(tokenizer)} tokens (the model embeds {rows}) EOS is "
+                 f"{tokenizer.eos_token}")):
+            if wrong:
+                raise ValueError(why)
     except Exception as e:  # many kinds; each means that this model is not to be had
-        fail(f"cannot load a model and its tokenizer from {name}: {str(e)[:200]}")
-    known, embedded = len(tokenizer), model.get_input_embeddings().num_embeddings
-    if tokenizer.eos_token_id is None or not 1 < known <= embedded:
-        fail(f"{name}: its tokenizer has {known} tokens, EOS {tokenizer.eos_token}; needed are an "
-             f"EOS and at most the {embedded} tokens that the model embeds")
+        fail(f"cannot load a model and its tokenizer from {name}: {e}; needed are a causal model, "
+             "all its weights as safetensors (a .bin, which can run code, an LFS pointer and "
+             "quantised ones are refused; merge an adapter first) and tokenizer files")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
@@ -347,7 +368,7 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    known = list(range(len(tokenizer)))  # an id is one object wherever it stands: 8 bytes, not 36
+    known = list(range(getattr(tokenizer, "known", len(tokenizer))))  # one object an id: 8 bytes
     pairs, cut_prompts, cut_responses = [], 0, 0
     rows = read_jsonl(path, partial(read_pair, tokenizer, turn_end(tokenizer), (
         max_prompt, max_response, max_response)), "; prompt, chosen and rejected must be texts "
@@ -365,6 +386,8 @@ def load_pairs(path, tokenizer, max_prompt, max_response):
                 cut_prompts += over > 0
                 cut_responses += sum(len(ids) > max_response for ids in responses)
                 pair = prompt, *(ids[:max_response] for ids in responses)
+            if max(map(max, pair)) >= len(known):
+                fail(f"{path}: pair {len(pairs) + 1} has a token that the model does not embed")
             pairs.append(tuple([known[i] for i in ids] for ids in pair))
     if not pairs:
         fail(f"{path}: no pairs in it")
@@ -408,27 +431,85 @@ def turn_end(tokenizer):
     return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
 
 
+class Scored:
+    """A causal model, of whatever family, with a linear score of each token in its head's place."""
+
+    _tied_weights_keys, can_generate = None, classmethod(lambda cls: False)  # without its head
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Linear(self.get_output_embeddings().in_features, 1, bias=False)
+        self.set_output_embeddings(None)
+
+    def forward(self, **inputs):
+        return self.base_model(**inputs)
+
+
 def load_preference_model(name, args, kind=None):
     """Load (preference model in fp32, tokenizer); `kind` starts one from a language model.
 
     A saved one is a transformers sequence classifier with one label; its config holds the kind.
     """
-    model, tokenizer = load_model(AutoModelForSequenceClassification, name, args, num_labels=1)
+    def load(path, trust_remote_code, **options):
+        remote = {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(path, num_labels=1, **remote)
+        config.preference_kind = kind or getattr(config, "preference_kind", None)
+        if not config.preference_kind:
+            fail(f"{name} is not a preference model; make one with `reward.py train`")
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(config, **remote)
+        body, causal = plain.base_model_prefix, type(plain)
+        return type(causal.__name__, (Scored, causal), {
+            "__module__": causal.__module__, "base_model_prefix": body if hasattr(plain, body) else
+            "model"}).from_pretrained(path, config=config, **options)  # Llama 4 has another prefix
+
+    model, tokenizer = load_model(SimpleNamespace(from_pretrained=load), name, args,
+                                  ["score.weight"] if kind else [])
     if kind:
-        model.config.preference_kind = kind
         torch.nn.init.zeros_(model.score.weight)  # r = 1/2 before the first step
-    elif not hasattr(model.config, "preference_kind"):
-        fail(f"{name} is not a preference model; make one with `reward.py train`")
     return model, tokenizer
 
 
 def load_labeller(name, tokenizer, args):
-    """Load a trained preference model that reads a policy's token ids as they are."""
+    """Load a trained preference model that reads a policy's token ids as they are, or a judge.
+
+    That is a user's Python file with a function prefer(prompts, first, second) of lists of texts
+    (decoded without special tokens): a finite number a pair, above 0 where the first is better.
+    """
+    if name.endswith(".py"):
+        try:
+            spec = importlib.util.spec_from_file_location("judge", name)
+            judge = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(judge)
+            return name, judge.prefer, tokenizer
+        except Exception as e:  # anything may happen there
+            fail(f"cannot use {name}: {type(e).__name__}: {e}")
     model, own = load_preference_model(name, args)
-    if own.get_vocab() != tokenizer.get_vocab():
+    if own.get_vocab() != tokenizer.get_vocab() or own.known < tokenizer.known:
         fail(f"{name} has another tokenizer than the policy; token ids go to it as they are, so "
-             "train it from a model of the same family")
+             "train it from a model of the same family, or ask it in a judge.py (README)")
     return halve(model)
+
+
+@torch.no_grad()
+def ask_judge(judge, pairs, _):
+    """Margins (B,) by a judge file, and 0; each of several processes asks for a share of them."""
+    name, function, tokenizer = judge
+    margins, mine = torch.zeros(len(pairs), dtype=torch.float64), pairs[RANK::RANKS]
+    texts = [tokenizer.batch_decode(x, skip_special_tokens=True) for x in zip(*mine, strict=True)]
+    try:
+        margins[RANK::RANKS] = torch.as_tensor(function(*texts) if mine else []).view(len(mine))
+    except Exception as e:
+        fail(f"{name}: prefer() of {len(mine)} pairs: {type(e).__name__}: {e}")
+    return pooled(margins), 0
+
+
+def finite(margins, pairs):
+    """The margins, if they are numbers: NaN would prefer the second."""
+    for margin, pair in zip(margins.tolist(), pairs, strict=True):
+        if not math.isfinite(margin):
+            fail(f"the preference model's margin is {margin} for (prompt, first, second) = {pair}")
+    return margins
 
 
 def halve(model):
@@ -497,17 +578,19 @@ def choose_rows(model, pairs, args):
 def assess(model, pairs, tokens, logits_of=preference_logits):
     """How well the model predicts labelled pairs (prompt, chosen, rejected), and how sure it is.
 
-    Accuracy judges both ways; ece is the expected calibration error of the probability of the
-    preferred side over 10 bins; order_disagreement the share of pairs whose two orders disagree.
+    Accuracy judges both ways (a tie is half right); ece is the expected calibration error of the
+    preferred side's probability over 10 bins; order_disagreement the share of unlike pairs whose
+    two orders disagree.
     """
     first, second = both_orders(model, pairs, tokens, logits_of)
     chosen = (first + 1 - second) / 2  # probability that the chosen side is better, both ways
-    sure, right = torch.maximum(chosen, 1 - chosen), (chosen > 0.5).double()
+    sure, right = torch.maximum(chosen, 1 - chosen), ((first - second).sign() + 1) / 2
+    differ = (first - 0.5) * (second - 0.5) * torch.tensor([a != b for _, a, b in pairs]) > 0
     bins = ((sure - 0.5) * 20).long().clamp(max=9)
     ece = sum((bins == b).double().mean() * (sure[bins == b].mean() - right[bins == b].mean()).abs()
               for b in bins.unique())
     return {"accuracy": right.mean().item(), "ece": float(ece),
-            "order_disagreement": ((first > 0.5) == (second > 0.5)).double().mean().item()}
+            "order_disagreement": differ.double().mean().item()}
 
 
 def finish(args, found, pairs, held_out):

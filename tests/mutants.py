@@ -4,10 +4,9 @@
     python tests/mutants.py --out mutants.jsonl --only gold_eval.py
     python tests/mutants.py --out mutants.jsonl --survivors
 
-MUTANTS lists (file, line, what it becomes). Each is run in a copy of the tree, by the quick tests
-of TESTS, in order, until one fails: then it is killed. What survives there is run by the tests of
-SLOW. Outside CI: about an hour on two cores. A mutant that changes nothing a test could see has a
-third text: why.
+tests/mutants.jsonl lists [file, text, what it becomes]. Each is tried in a copy of the tree by the
+tests that concern it, quick ones first, until one fails: then it is killed. Outside CI: about an
+hour. A mutant that changes nothing a test could see says so in a fourth text.
 """
 
 import argparse
@@ -33,27 +32,23 @@ SLOW = ["scripts", "real", "memory"]
 
 
 def mutants():
-    """The lists of tests/mutants.tsv: file, old line, new line, and for an equivalent one why."""
-    with open(ROOT / "tests" / "mutants.tsv", encoding="utf-8") as f:
-        rows = [line.rstrip("\n").split("\t") for line in f if line.strip()]
+    """[(file, old text, new text, why it is equivalent or "")]; the old text is there once."""
+    with open(ROOT / "tests" / "mutants.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
     return [(file, old, new, "".join(why)) for file, old, new, *why in rows]
 
 
 def copy_of(file, old, new, folder):
-    """The tree with one line changed in every script that has it: a block is one text."""
-    shutil.copytree(ROOT / "tests", f"{folder}/tests", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "requirements.txt", "ruff.toml"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "results", f"{folder}/results")
-    found = 0
-    for path in ROOT.glob("*.py"):
-        text = path.read_text()
-        hits = text.count(old)
-        if path.name == file and hits != 1:
-            raise SystemExit(f"error: {file} has {hits} times: {old}")
-        found += hits
-        (Path(folder) / path.name).write_text(text.replace(old, new))
-    return found
+    """The tree with one place changed."""
+    for name in ("tests", "results"):
+        shutil.copytree(ROOT / name, f"{folder}/{name}",
+                        ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*.txt")]:
+        shutil.copy(path, folder)
+    text = (ROOT / file).read_text()
+    if text.count(old) != 1:
+        raise SystemExit(f"error: {file} has {text.count(old)} times: {old}")
+    (Path(folder) / file).write_text(text.replace(old, new))
 
 
 def run(folder, names, out):

@@ -75,8 +75,8 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (605, 259), "ipo.py": (605, 259), "slic.py": (610, 264), "bo2.py": (583, 237),
-    "sft.py": (551, 205), "online_rlhf.py": (964, 422), "reward.py": (731, 303),
+    "dpo.py": (626, 259), "ipo.py": (626, 259), "slic.py": (631, 264), "bo2.py": (604, 237),
+    "sft.py": (572, 205), "online_rlhf.py": (985, 422), "reward.py": (814, 305),
     "gold_eval.py": (688, 243), "tasks.py": (455, 455), "study.py": (510, 510),
     "plots.py": (750, 750)}
 

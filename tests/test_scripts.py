@@ -246,7 +246,7 @@ def test_dpo_alone_in_an_empty_folder(toy, tmp_path):
         max_response_tokens=40, **SHORT)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "4 steps, loss" in done.stdout
-    block, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    block, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     loss = Fork(tmp_path, alone, str(tmp_path), block).succeed()
     assert float(loss) == pytest.approx(math.log(2))
 
@@ -265,12 +265,8 @@ def bad(tmp_path, toy):
     shutil.copytree(f"{toy}/sft/final", tmp_path / "bare", dirs_exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bare" / name).unlink()
-    shutil.copytree(f"{toy}/sft/final", tmp_path / "large", dirs_exist_ok=True)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "large")
-    tokenizer.add_tokens([f"new{i}" for i in range(40)])
-    tokenizer.save_pretrained(tmp_path / "large")
     for name, cut in (("cut_model", "model.safetensors"), ("cut_tokens", "tokenizer.json")):
         shutil.copytree(f"{toy}/sft/final", tmp_path / name, dirs_exist_ok=True)
         whole = (tmp_path / name / cut).read_bytes()
@@ -297,16 +293,15 @@ def bad(tmp_path, toy):
         ("empty", "dpo", flags(**dpo | {"data": file("e.jsonl", "\n")}), "no pairs"),
         ("cut gzip", "dpo", flags(**dpo | {"data": f"{tmp_path}/cut.jsonl.gz"}), "cut.jsonl.gz:"),
         ("no tokenizer", "dpo", flags(**dpo | {"model": f"{tmp_path}/bare"}), "its tokenizer"),
-        ("vocabulary", "dpo", flags(**dpo | {"model": f"{tmp_path}/large"}), "that the model"),
         ("cut model", "dpo", flags(**dpo | {"model": f"{tmp_path}/cut_model"}),
          "cannot load a model"),
         ("cut tokenizer", "dpo", flags(**dpo | {"model": f"{tmp_path}/cut_tokens"}),
          "its tokenizer"),
-        ("no EOS", "dpo", flags(**dpo | {"model": f"{tmp_path}/endless"}), "EOS None"),
+        ("no EOS", "dpo", flags(**dpo | {"model": f"{tmp_path}/endless"}), "EOS is None"),
         ("long stream", "dpo", flags(**dpo | {"data": file("s.jsonl", json.dumps(
             {"prompt_ids": [5] * 9, "chosen_ids": [6], "rejected_ids": [7]}) + "\n")},
             max_prompt_tokens=8), "s.jsonl:1: ValueError: ids must be the tokenizer's, and"),
-        ("no model", "dpo", flags(**dpo | {"model": f"{tmp_path}/none"}), "cannot load a model"),
+        ("no model", "dpo", flags(**dpo | {"model": f"{tmp_path}/none"}), "no such folder"),
         ("run exists", "dpo", flags(**dpo | {"out": f"{tmp_path}/started"}), "--resume"),
         ("run finished", "sft", flags(**dpo | {"out": f"{toy}/sft"}), "finished"),
         ("too long", "dpo", flags(**dpo, max_prompt_tokens=4000), "positions"),
