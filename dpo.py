@@ -262,7 +262,7 @@ def main(args):
 # ==== The lesson ends here. Below is machinery, the same in every script: model and data ==========
 @torch.no_grad()
 def load_model(kind, name, args, new=()):
-    """(Model in fp32, tokenizer) of a run folder, a folder or the hub; `new` weights may lack."""
+    """(fp32 model, tokenizer) of a run folder, folder or the hub; it may lack the weights `new`."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path = f"{name}/final" if os.path.isdir(f"{name}/final") else name

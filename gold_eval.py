@@ -248,7 +248,7 @@ def main(args):
 class Judge:
     """What stays fixed while policies are judged: made once a run by `load_judge`."""
 
-    gold: torch.nn.Module
+    gold: object  # a preference model, or a judge.py
     reference: torch.nn.Module
     logps_of: object  # pair_logps or plain_logps
     tokenizer: object
