@@ -488,8 +488,8 @@ def takes_our_cache(model, static):
     After two unequal prompts, and after two tokens more: True or False, or an error if neither.
     """
     rows, more, seen = [[2, 1], [1, 2, 2, 1, 2]], [1, 2], []
-    plain = [model(input_ids=torch.tensor([row + more[:t]], device=model.device)).logits[:, -1]
-             for t in range(3) for row in rows]
+    plain = [model(input_ids=torch.tensor([row + more[:t]], device=model.device),
+                   use_cache=False).logits[:, -1] for t in range(3) for row in rows]
 
     def ours():
         cache, used, logits, real = prefill(model, rows, 1, 2, 1024, static)

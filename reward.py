@@ -123,11 +123,10 @@ def preference_logits(model, pairs):
     alone = plain and not pairwise
     rows = [(x, ys[side], []) for side in (0, 1) for x, *ys in pairs] if alone else pairs
     ids, positions, segments, mask, *_ = pack_pairs(rows, model.device)
-    if plain:
-        mask = (segments > 0).long()
-    elif pairwise:
+    if pairwise:
         mask = torch.ones_like(mask).tril()  # the second response also sees the first
-    mask = mask if plain else mask_for(model, mask, positions)
+    mask = (segments > 0).long() if plain else mask_for(model, mask, positions)
+    positions = None if alone else positions  # a model may count them in its own way
     hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
                               use_cache=False).last_hidden_state  # (rows, T, D)
     scores = model.score(hidden).squeeze(-1).float()  # (rows, T)

@@ -144,7 +144,7 @@ def preferences(folder):
     found = reward.preference_logits(model, PAIRS)
 
     def score(x, y):
-        hidden = model.base_model(input_ids=torch.tensor([x + y])).last_hidden_state
+        hidden = model.base_model(input_ids=torch.tensor([x + y]), use_cache=False)[0]
         return reward.SCORE_SCALE * model.score(hidden)[0, len(x):].mean()
 
     right = torch.stack([score(x, a) - score(x, b) for x, a, b in PAIRS])
