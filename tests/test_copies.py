@@ -77,8 +77,8 @@ def test_every_flag_is_read(path):
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
     "dpo.py": (556, 251), "ipo.py": (556, 251), "slic.py": (561, 256), "bo2.py": (536, 231),
     "sft.py": (505, 200), "online_rlhf.py": (841, 399), "reward.py": (688, 297),
-    "gold_eval.py": (587, 236), "tasks.py": (455, 455), "study.py": (510, 510),
-    "plots.py": (750, 750)}
+    "gold_eval.py": (587, 236), "tasks.py": (460, 460), "study.py": (510, 510),
+    "plots.py": (758, 758)}
 
 
 def test_no_script_outgrows_its_budget():
