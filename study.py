@@ -63,7 +63,7 @@ def figures(scale):
     fig5 = fig1 + each(seeds, [{"pairs": "final-vs-final"}], betas)
     fig10 = each(sizes, seeds, [online, shuffled, long])
     return {
-        "main": each(seeds[:1], [online | {"beta": max(scale["betas"])}, *betas]),
+        "main": each(seeds[:1], [online | {"beta": max(scale["betas"])}, *each(betas, [long])]),
         "fig1": fig1, "fig4": fig4,
         "fig6": each(seeds, [{"policy": "online"}, {"policy": "offline"}]),  # to `Study.classify`
         "fig7": fig4, "fig8": fig4, "self": fig4, "gap": fig4, "utility": fig4, "logratio": fig4,
