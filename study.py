@@ -323,7 +323,7 @@ def main(args):
     for (task, figure), runs in drawn.items():
         out = f"{folder}/figures" + (f"/{task}" if len(scale["tasks"]) > 1 else "")
         plots.main(plots.parse_args([*runs, "--figure", figure, "--out", f"{out}/{figure}.png"]))
-        if figure == "main":
+        if figure == "main" and task == "toy":  # whose responses have a utility
             read = [plots.read_run(run) for run in runs]
             names = [f"{run['source']}, beta {run['beta']}" for run in read]
             result = "\n".join([table(dict(zip(names, read, strict=True))), "", at_equal_kl(*read),
