@@ -443,7 +443,7 @@ PAPER = SimpleNamespace(  # section 4 and appendix A of the paper
 @pytest.mark.parametrize("s", [TOY, PAPER], ids=lambda s: s.scale)
 def test_each_experiment_reads_what_the_paper_says(s):
     figures = [name for name in study.EXPERIMENTS if name != "main"]
-    _, drawn, _ = commands(s.scale, *figures)
+    what, drawn, made = commands(s.scale, *figures)
     sft = s.sizes[s.base]
     gold = "train", s.backbone or sft, *s.gold, 0, s.initial
     d_golden = "label", gold, s.initial
@@ -502,6 +502,10 @@ def test_each_experiment_reads_what_the_paper_says(s):
     expected |= dict.fromkeys(("fig10", "fig11", "fig14"), fig10)
     for figure in figures:
         assert Counter(drawn[s.task, figure]) == Counter(expected[figure]), figure
+    policies = {"classify-online-s0.jsonl": online(0),  # figure 6 goes by the names of its files
+                "classify-offline-s0.jsonl": offline(0, steps=s.long)}
+    assert policies == {path.split("/")[-1]: what(args.model) for path, args in made.items()
+                        if "classify" in path and "s0" in path and s.task in path}
 
 
 def test_demo_stops_its_golden_policy_early():
