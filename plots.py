@@ -289,6 +289,8 @@ def gaps(axes, runs, measure):
                       linestyle=":" if other.source == "online" else DASHES.get(online.loss, "-"),
                       marker="o", markersize=4, capsize=2, label=title)
         axes.vlines(at, *ends[2:], color=colour, linewidth=4, alpha=0.4)  # over prompts
+    if np.isinf(axes.dataLim.width):
+        stop("no KL at which online and another of its loss, model and seeds can be compared")
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
 
 
@@ -342,6 +344,8 @@ def peaks(axes, runs, measure):
                 for one in grouped(group.runs, "seed").values()]
         found[group.model, group.source] = np.array([np.mean(tops), min(tops), max(tops)])
     sizes, sources = (list(dict.fromkeys(r[key] for r in runs)) for key in ("model", "source"))
+    if lacks := {*product(sizes, [*sources, *["online"] * ("gap" in measure)])} - found.keys():
+        stop("no run of size {}, source {}: sizes cannot be compared".format(*min(lacks)))
     for i, source in enumerate(sources):
         rows = np.array([found[size, source] - (
             found[size, "online"][0] if measure == "peak gap" else 0) for size in sizes])
@@ -391,9 +395,10 @@ def over_steps(axes, runs, measure):
     for group in groups:
         some = [r for r in group.runs if r["lr"] == rate] or group.runs
         for beta, line in zip(sorted(shared, key=str)[:2], ("--", "-"), strict=False):
-            tracks = [{row["step"]: row[measure] for row in r["start"] + r["rows"]
-                       if row["step"] <= last} for r in some if r["beta"] == beta]
-            steps = sorted(set.intersection(*map(set, tracks)))
+            tracks = [{row["step"]: row[measure] for row in r["start"] + r["rows"] if measure in row
+                       and row["step"] <= last} for r in some if r["beta"] == beta]
+            steps = sorted(set.intersection(*map(set, tracks or [()]))) or stop(
+                f"no step at which all runs, {group.label}, beta {beta}, have {measure}")
             values = np.array([[track[step] for step in steps] for track in tracks])
             yield from band(axes, "step", steps, values,
                             {"group": group.source, "beta": beta, "measure": measure},
@@ -435,7 +440,7 @@ def training_loss(axes, runs, measure):
     online = next((run for run in runs if run["source"] == "online"), runs[0])
     for i, run in enumerate(runs):
         loss, first = (np.array([row[measure] for row in r["steps"]]) for r in (run, online))
-        gap = np.abs(loss - first[:len(loss)]).max()
+        gap = np.abs(loss[:len(first)] - first[:len(loss)]).max()  # over the steps of both
         smooth = np.convolve(loss, np.ones(10) / 10, "valid")
         axes.plot(np.arange(len(smooth)) + 10, smooth, color=COLOURS.get(run["source"]),
                   linewidth=3 - i, label=run["source"] + (
@@ -567,12 +572,15 @@ def main(args):
         given["title"] += (f"\n{len(runs)} runs, {sum(len(run['rows']) for run in runs)} points, "
                            f"seeds {', '.join(map(str, sorted({run['seed'] for run in runs})))}")
     figure, lines = draw(runs, **given)
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    figure.savefig(args.out, dpi=150)
     base = os.path.splitext(args.out)[0]
-    write_csv(f"{base}.csv", lines)
-    if checkpoints:
-        write_csv(f"{base}-checkpoints.csv", checkpoints)
+    try:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        figure.savefig(args.out, dpi=150)
+        write_csv(f"{base}.csv", lines)
+        if checkpoints:
+            write_csv(f"{base}-checkpoints.csv", checkpoints)
+    except (OSError, ValueError) as e:  # a full disk, say, or no such format
+        stop(f"--out {args.out}: {e}")
     print(f"{args.out} and {base}.csv: {len(runs)} runs")
 
 

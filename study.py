@@ -63,7 +63,7 @@ def figures(scale):
     fig5 = fig1 + each(seeds, [{"pairs": "final-vs-final"}], betas)
     fig10 = each(sizes, seeds, [online, shuffled, long])
     return {
-        "main": each(seeds[:1], [online | {"beta": max(scale["betas"])}, *betas]),
+        "main": each(seeds[:1], [online | {"beta": max(scale["betas"])}, *each(betas, [long])]),
         "fig1": fig1, "fig4": fig4,
         "fig6": each(seeds, [{"policy": "online"}, {"policy": "offline"}]),  # to `Study.classify`
         "fig7": fig4, "fig8": fig4, "self": fig4, "gap": fig4, "utility": fig4, "logratio": fig4,
@@ -323,7 +323,7 @@ def main(args):
     for (task, figure), runs in drawn.items():
         out = f"{folder}/figures" + (f"/{task}" if len(scale["tasks"]) > 1 else "")
         plots.main(plots.parse_args([*runs, "--figure", figure, "--out", f"{out}/{figure}.png"]))
-        if figure == "main":
+        if figure == "main" and task == "toy":  # whose responses have a utility
             read = [plots.read_run(run) for run in runs]
             names = [f"{run['source']}, beta {run['beta']}" for run in read]
             result = "\n".join([table(dict(zip(names, read, strict=True))), "", at_equal_kl(*read),

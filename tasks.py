@@ -26,6 +26,8 @@ import re
 import sys
 from collections import Counter
 
+from safetensors import SafetensorError
+
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -452,4 +454,7 @@ def stop(message, status=2):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except (OSError, SafetensorError) as e:  # a full disk, say
+        stop(f"{getattr(e, 'filename', None) or 'cannot write'}: {e}")

@@ -76,9 +76,9 @@ def test_every_flag_is_read(path):
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
     "dpo.py": (626, 259), "ipo.py": (626, 259), "slic.py": (631, 264), "bo2.py": (604, 237),
-    "sft.py": (572, 205), "online_rlhf.py": (985, 422), "reward.py": (814, 305),
-    "gold_eval.py": (688, 243), "tasks.py": (455, 455), "study.py": (510, 510),
-    "plots.py": (750, 750)}
+    "sft.py": (572, 205), "online_rlhf.py": (985, 422), "reward.py": (813, 304),
+    "gold_eval.py": (688, 243), "tasks.py": (460, 460), "study.py": (510, 510),
+    "plots.py": (758, 758)}
 
 
 def test_no_script_outgrows_its_budget():

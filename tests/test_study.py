@@ -39,11 +39,6 @@ def test_every_figure_has_its_runs_and_every_command_its_inputs(scale):
         made.add(makes)
     for runs in drawn.values():
         assert runs and all({run, f"{run}/final"} & made for run in runs)
-    if scale == "toy":  # what the paper's comparison asks for
-        sweep = [plots.os.path.basename(r) for r in drawn["toy", "fig1"]]
-        assert sum(r.startswith("ipo-") for r in sweep) == 3 * 3 * 3  # lr, beta, seed
-        assert sum(r.startswith("online-ipo-") for r in sweep) == 3 * 3
-        assert len(sweep) == len(set(sweep)) == 36
 
 
 def test_semi_online_runs_and_draws_of_proxies_by_name():
@@ -206,15 +201,9 @@ def test_every_figure_draws(recorded, tmp_path, figure):
     assert float(table[0]["toy/utility"]) == pytest.approx((5 + 4) / 2)
 
 
-def test_gaps_are_those_of_the_runs(recorded, tmp_path):
-    """.1 at both KLs and on average, by the recorded runs; no gap to the stream in order."""
+def test_proxies_are_named_with_their_accuracy(recorded, tmp_path):
+    """The lowest and highest of their draws, where it was of 100 pairs or more."""
     out = f"{tmp_path}/f.png"
-    plots.main(plots.parse_args([*recorded, "--figure", "gap", "--out", out]))
-    found = {(r["comparison"], r["kl"]): float(r["gap"]) for r in table_of(tmp_path / "f.csv")}
-    kls = ["1", "2", "3", "mean"]
-    assert {k for c, k in found if c == "online - offline"} == set(kls)
-    assert [found["online - offline", kl] for kl in kls] == pytest.approx([0.1] * 4)
-    assert [found["online - in order", kl] for kl in kls] == pytest.approx([0.0] * 4)
     for name, accuracy in (("proxy-250pairs", 0.6194), ("proxy-250pairs-draw1", 0.65)):
         (tmp_path / name).mkdir()
         (tmp_path / f"{name}/assessment.json").write_text(json.dumps({"accuracy": accuracy}))
@@ -283,12 +272,8 @@ def test_chosen_logratios_by_hand(tmp_path):
         assert (better * ratio).sum() == pytest.approx(change, abs=2e-2)
 
 
-def test_what_the_demo_ends_in(recorded):
-    """SFT and two runs in a table, a sentence at equal KL, samples with the utility of each."""
+def test_the_demo_says_who_wins_at_equal_kl(recorded):
     online, offline = (plots.read_run(run) for run in recorded[:2])
-    lines = study.table({"a0": online, "b0": offline}).splitlines()
-    assert len(lines) == 5 and lines[2].startswith("| SFT, where all start | 0.100 ± 0.010 | 0.000")
-    assert lines[3].startswith("| a0 | 0.500 ± 0.010 | 4.000 ± 0.010 | 4.500 ± 0.500 |")
     said = study.at_equal_kl(online, offline)
     assert "(1.0 to 4.0) online wins 40% on average and the better of offline 30% (+0.10)" in said
     assert said.endswith("at the highest 50% and 40% (+0.10).")
@@ -298,9 +283,6 @@ def test_what_the_demo_ends_in(recorded):
     assert study.at_equal_kl(online, short, offline).endswith("at the highest 50% and 40% (+0.10).")
     beyond = offline | {"rows": [judged(2, 9.0, 0.2), judged(4, 10.0, 0.2)]}
     assert study.at_equal_kl(online, beyond).endswith("cannot be compared.")
-    assert study.examples(dict(zip(["a0", "b0"], recorded, strict=False)), 1).splitlines() == [
-        "", "write two happy lines about a fox:", *(
-            f"  {name:3} (+5.0) the fox danced. the fox sang." for name in ("SFT", "a0", "b0"))]
 
 
 def test_a_run_that_is_judged_at_its_start_only(tmp_path, capsys):
@@ -308,17 +290,6 @@ def test_a_run_that_is_judged_at_its_start_only(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         plots.read_run(run)
     assert stop.value.code == 2 and "no gold evaluation of a trained" in capsys.readouterr().err
-
-
-def test_figure_6_draws_the_classifiers(tmp_path):
-    for name, policy in (("classify-online-s0.jsonl", 0.6), ("classify-offline-s0.jsonl", 0.7)):
-        (tmp_path / name).write_text("".join(json.dumps({
-            "gold/accuracy_policy": policy, "gold/accuracy_labeller": 0.8}) + "\n"
-            for _ in range(10)))
-    files = [str(p) for p in sorted(tmp_path.glob("classify*"))]
-    plots.main(plots.parse_args([*files, "--figure", "fig6", "--out", f"{tmp_path}/f.png"]))
-    found = {r["classifier"]: float(r["mean"]) for r in table_of(tmp_path / "f.csv")}
-    assert found == {"offline": 0.7, "proxy": 0.8, "online": 0.6}
 
 
 def test_hull_by_hand():
