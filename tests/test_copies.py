@@ -66,7 +66,8 @@ def test_same_flag_same_help():
 def test_every_flag_is_read(path):
     """By the script itself, or by the module that it hands its `args` to."""
     source = path.read_text()
-    handed = {"baseline": "gold_eval.py", "trust_remote_code": "reward.py"}
+    handed = {"baseline": "gold_eval.py", "trust_remote_code": "reward.py",
+              "chat_kwargs": "reward.py", "skip_refused": "reward.py"}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
             name = node.args[0].value.lstrip("-").replace("-", "_")
@@ -75,9 +76,9 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (556, 251), "ipo.py": (556, 251), "slic.py": (561, 256), "bo2.py": (536, 231),
-    "sft.py": (505, 200), "online_rlhf.py": (841, 400), "reward.py": (688, 297),
-    "gold_eval.py": (587, 236), "tasks.py": (484, 484), "study.py": (581, 581),
+    "dpo.py": (617, 255), "ipo.py": (617, 255), "slic.py": (622, 260), "bo2.py": (597, 235),
+    "sft.py": (565, 203), "online_rlhf.py": (902, 404), "reward.py": (750, 302),
+    "gold_eval.py": (590, 239), "tasks.py": (541, 541), "study.py": (581, 581),
     "plots.py": (780, 780)}
 
 
