@@ -377,7 +377,7 @@ def read_pair(tokenizer, turn, sides, limits, seen, row):
                              "--max-response-tokens: a stream is never cut")
         return pair, None
     if missing := [x for x in ("prompt", *sides) if x not in row]:
-        raise ValueError(f"no {' and no '.join(missing)} among its columns {', '.join(row)}")
+        raise ValueError(f"no {' and no '.join(missing)} among its columns {[*row]}")
     prompt, *replies = pair = [row[x] for x in ("prompt", *sides)]
     (after, tail, end, special), eos = turn, tokenizer.eos_token
     text = json.dumps(pair, ensure_ascii=False).encode().decode()  # no half of a surrogate pair

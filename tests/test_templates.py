@@ -327,8 +327,10 @@ def test_thoughts_of_earlier_turns_may_go(tmp_path):
 
 @pytest.mark.parametrize("row, said", [
     ({"instruction": "a", "output": "b"}, "no prompt and no chosen and no rejected among its "
-     "columns instruction, output"),
-    ({"prompt": "a", "chosen": "b", "score": 1}, "no rejected among its columns prompt, chosen"),
+     "columns ['instruction', 'output']"),
+    ({"prompt": "a", "chosen": "b", "score": 1}, "no rejected among its columns ['prompt', "
+     "'chosen', 'score']"),
+    ({"\ud800": "a"}, "among its columns ['\\ud800']"),  # which a terminal cannot show
 ])
 def test_other_columns_are_named(tmp_path, capsys, row, said):
     assert said in refused(tmp_path, capsys, byte_tokenizer(), row)
@@ -406,7 +408,7 @@ def test_prompts_alone_are_enough_to_sample(toy, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         dpo.load_pairs(str(only), byte_tokenizer(), limits())
-    assert "no chosen and no rejected among its columns prompt" in capsys.readouterr().err
+    assert "no chosen and no rejected among its columns ['prompt']" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "slic", "bo2", "sft", "online_rlhf", "reward train",
