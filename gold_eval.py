@@ -90,6 +90,9 @@ def parse_args(argv=None):
         p.add_argument("--out", required=True, help="file to write")
         p.add_argument("--max-prompt-tokens", type=int, default=896, help="longer: cut at left")
         p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
+        p.add_argument("--chat-kwargs", default="{}", help="JSON: arguments of the chat template")
+        p.add_argument("--skip-refused", action="store_true",
+                       help="leave out rows that are refused")
         p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                        default=16384 if DEVICE.type == "cuda" else 1024)
         p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
@@ -171,7 +174,7 @@ def response_kl(policy, reference, rows, tokens):
 
 def write_samples(args, policy, tokenizer):
     """Responses to the first distinct prompts of --data, or golden-labelled pairs of two."""
-    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    pairs = load_pairs(args.data, tokenizer, args, sides=())
     prompts = [tuple(p) for p, _, _ in pairs]
     prompts = [*map(list, prompts if args.other else dict.fromkeys(prompts))][:args.prompts]
     generator = torch.Generator().manual_seed(args.seed)
@@ -200,7 +203,7 @@ def write_samples(args, policy, tokenizer):
 def follow_stream(args, policy, tokenizer, reference):
     """Agreement with the golden model in ten parts of a stream: of its labeller, of the policy."""
     gold, rows = load_labeller(args.gold, tokenizer, args), []
-    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    pairs = load_pairs(args.data, tokenizer, args)
     logps_of = choose_logps(reference, pairs, args)
     for part in range(10):
         start, end = (len(pairs) * i // 10 for i in (part, part + 1))
@@ -284,7 +287,7 @@ def load_judge(args, data, reference, tokenizer, logps_of=None):
     if not rows:
         fail(f"{args.baseline}: no responses in it")
     gold = load_labeller(args.gold, tokenizer, args)
-    pairs = load_pairs(data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    pairs = load_pairs(data, tokenizer, args)
     pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:KL_PROMPTS]
     pairs = [pairs[i] for i in pick.tolist()]
     logps_of = logps_of or choose_logps(reference, pairs, args)
@@ -610,7 +613,7 @@ def end_ids(model, tokenizer):
     """Ids that end a response: EOS, the end of a turn, and those of model.generation_config."""
     said = model.generation_config.eos_token_id if model.generation_config else None
     said = said if isinstance(said, list) else [said]
-    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *said} - {None})
+    return sorted({tokenizer.eos_token_id, turn_end(tokenizer)[2], *said} - {None})
 
 
 @torch.no_grad()

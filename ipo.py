@@ -19,10 +19,12 @@ import argparse
 import gzip
 import json
 import os
+import re
 import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 from itertools import cycle, islice
@@ -61,6 +63,8 @@ def parse_args(argv=None):
                    help="shuffle within windows of this many batches (0: the whole file, 1: kept)")
     p.add_argument("--max-prompt-tokens", type=int, default=896, help="longer: cut at left")
     p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
+    p.add_argument("--chat-kwargs", default="{}", help="JSON: arguments of the chat template")
+    p.add_argument("--skip-refused", action="store_true", help="leave out rows that are refused")
     p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                    default=16384 if DEVICE.type == "cuda" else 1024)
     p.add_argument("--gold", help="golden model, or judge.py: evaluate against --baseline")
@@ -230,7 +234,7 @@ def optimizer_step(model, optimizer, lr, where):
 def main(args):
     open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
-    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    pairs = load_pairs(args.data, tokenizer, args)
     batches = make_batches(args.steps, args.batch_size, len(pairs), args.shuffle_window, args.seed)
     logps_of = choose_logps(policy.to(DEVICE), pairs, args)  # pair_logps, if it is right
     evaluate = None  # or a function of the step
@@ -275,6 +279,8 @@ def load_model(kind, name, args, new=()):
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **remote)
         tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+        if "MistralCommon" in type(tokenizer).__name__:
+            raise ValueError("the package mistral-common hides its chat template: uninstall that")
         ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
         whole, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
                         for n in (8, 4))
@@ -295,6 +301,10 @@ def load_model(kind, name, args, new=()):
         fail(f"cannot load a model and its tokenizer from {name}: {e}; needed are a causal model, "
              "all its weights as safetensors (a .bin, which can run code, an LFS pointer and "
              "quantised ones are refused; merge an adapter first) and tokenizer files")
+    try:
+        tokenizer.chat_kwargs = {**json.loads(args.chat_kwargs)}
+    except (TypeError, ValueError):
+        fail(f"--chat-kwargs {args.chat_kwargs} is not a JSON object")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.max_prompt_tokens + args.max_response_tokens > limit:
         fail(f"--max-prompt-tokens + --max-response-tokens exceed the {limit} positions of {name}")
@@ -341,57 +351,78 @@ def choose_logps(model, pairs, args):
     return plain_logps
 
 
-def read_jsonl(path, parse=dict, hint=""):
-    """Yield parse(object) of each line of a .jsonl or .jsonl.gz file; what fails is an error."""
+def read_jsonl(path, parse=dict, hint="", refused=None):
+    """Yield parse(object) of each line of a .jsonl or .jsonl.gz file; what fails is an error, or
+    the number of its line joins the set `refused`, whose lines are left out."""
     where = path
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
                 where = f"{path}:{number}"
-                if line.strip():
-                    yield parse(json.loads(line))
+                if line.strip() and number not in (refused or ()):
+                    try:
+                        yield parse(json.loads(line))
+                    except Exception:
+                        if refused is None:
+                            raise
+                        refused.add(number)
     except Exception as e:  # no file, a cut gzip, not JSON, whatever a chat template raises
         fail(f"cannot read {where}: {type(e).__name__}: {e}{hint}")
 
 
-def load_pairs(path, tokenizer, max_prompt, max_response):
+def load_pairs(path, tokenizer, args, sides=("chosen", "rejected"), refused=None):
     """Read pairs as token ids: a list of (prompt, chosen, rejected), each a list of ints.
 
     Prompt and response are tokenised apart. Over-long prompts lose tokens on the left, over-long
-    responses on the right (and so their EOS): counted, printed.
+    responses on the right (and so their EOS): counted, printed. Without `sides` the prompt stands
+    for them. The numbers of the lines that --skip-refused leaves out join the set `refused`.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    limits = args.max_prompt_tokens, args.max_response_tokens, args.max_response_tokens
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    encode = partial(tokenizer, add_special_tokens=False)
+    # SentencePiece puts a space before a text: a response gets a newline instead, which is cut off
+    lead = "\n" if tokenizer.tokenize("a")[0][0] in "▁Ġ" else ""
+    mark = encode(lead).input_ids
     known = list(range(getattr(tokenizer, "known", len(tokenizer))))  # one object an id: 8 bytes
-    pairs, cut_prompts, cut_responses = [], 0, 0
-    rows = read_jsonl(path, partial(read_pair, tokenizer, turn_end(tokenizer), (
-        max_prompt, max_response, max_response)), "; prompt, chosen and rejected must be texts "
-        "(tasks.py --text), messages that the chat template takes, or ids of a stream")
+    pairs, cut_prompts, cut_responses, seen = [], 0, 0, Counter()
+    refused = set() if refused is None else refused
+    rows = read_jsonl(path, partial(read_pair, tokenizer, turn_end(tokenizer), sides, limits, seen),
+                      "; prompt, chosen, rejected of a JSON object a line (no array, CSV, parquet) "
+                      "must be texts (tasks.py --text), messages that the chat template takes (a "
+                      "side: one reply), or ids of a stream; `tasks.py file` converts some others",
+                      refused if args.skip_refused else None)
     while some := list(islice(rows, 4096)):  # the text of no more rows is held
-        texts = [text for pair, end in some if end is not None for text in pair]
-        encoded = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+        texts = [lead * (i > 0) + text for pair, end in some if end is not None
+                 for i, text in enumerate(pair)]
+        encoded = iter(encode(texts).input_ids if texts else [])
         for pair, end in some:
             if end is not None:
-                prompt, *responses = islice(encoded, 3)
+                prompt, *responses = islice(encoded, len(pair))
                 prompt = [bos, *prompt] if adds_bos and prompt[:1] != [bos] else prompt
-                over, kept = max(len(prompt) - max_prompt, 0), int(prompt[:1] == [bos])
+                over, kept = max(len(prompt) - limits[0], 0), int(prompt[:1] == [bos])
                 prompt = prompt[:kept] + prompt[kept + over:] or [eos]  # to predict from something
-                responses = [[i for i in ids if i not in (eos, end)] + [end] for ids in responses]
+                responses = [x[len(mark):] if x[:len(mark)] == mark else encode(text).input_ids
+                             for text, x in zip(pair[1:], responses, strict=True)]
+                responses = [ids if ids[-1:] == [end] else [*ids, end] for ids in responses]
                 cut_prompts += over > 0
-                cut_responses += sum(len(ids) > max_response for ids in responses)
-                pair = prompt, *(ids[:max_response] for ids in responses)
+                cut_responses += sum(len(ids) > limits[1] for ids in responses)
+                pair = prompt, *(ids[:limits[1]] for ids in responses or [prompt] * 2)
             if max(map(max, pair)) >= len(known):
                 fail(f"{path}: pair {len(pairs) + 1} has a token that the model does not embed")
             pairs.append(tuple([known[i] for i in ids] for ids in pair))
+            seen["have two equal responses"] += pair[1] == pair[2] and bool(sides)
+    seen["were refused"] = len(refused)
     if not pairs:
-        fail(f"{path}: no pairs in it")
+        fail(f"{path}: no pairs in it; {len(refused):,} were refused")
     print(f"{path}: {len(pairs):,} pairs; cut {cut_prompts:,} prompts on the left and "
-          f"{cut_responses:,} responses on the right")
+          f"{cut_responses:,} responses on the right",
+          *(f"{count:,} {what}" for what, count in seen.items() if count), sep="; ")
     return pairs
 
 
-def read_pair(tokenizer, turn, limits, row):
-    """Texts of a row, and what ends its responses: `turn`, or EOS; a stream's ids, and None."""
+def read_pair(tokenizer, turn, sides, limits, seen, row):
+    """Texts of a row, and the id that ends its responses; a stream's ids, and None."""
     if "prompt_ids" in row:
         pair, known = [row[f"{x}_ids"] for x in ("prompt", "chosen", "rejected")], len(tokenizer)
         if not all(0 < len(ids) <= limit and all(type(i) is int and 0 <= i < known for i in ids)
@@ -399,30 +430,60 @@ def read_pair(tokenizer, turn, limits, row):
             raise ValueError("ids must be the tokenizer's, and at most --max-prompt-tokens and "
                              "--max-response-tokens: a stream is never cut")
         return pair, None
-    prompt, end = row["prompt"], tokenizer.eos_token_id
-    if not isinstance(prompt, str):
-        "".join(m[key] for m in prompt for key in ("role", "content"))  # no null
-        prompt, end = chat_text(tokenizer, prompt, add_generation_prompt=True), turn
-    pair = [prompt, *(x if isinstance(x, str) else x[-1]["content"]
-                      for x in (row["chosen"], row["rejected"]))]
-    "".join(pair).encode()  # neither null nor half a surrogate pair
+    if missing := [x for x in ("prompt", *sides) if x not in row]:
+        raise ValueError(f"no {' and no '.join(missing)} among its columns {[*row]}")
+    prompt, *replies = pair = [row[x] for x in ("prompt", *sides)]
+    (after, tail, end, special), eos = turn, tokenizer.eos_token
+    text = json.dumps(pair, ensure_ascii=False).encode().decode()  # no half of a surrogate pair
+    seen["hold the text of special tokens"] += bool(special.search(text))
+    if isinstance(prompt, str):
+        return [prompt, *(x.removesuffix(eos) for x in replies)], tokenizer.eos_token_id
+    replies = [[{"role": "assistant", "content": x}] if isinstance(x, str) else x for x in replies]
+    if [m for m in sum(replies, prompt[-1:]) if m["role"] == "assistant"] != sum(replies, []):
+        raise ValueError("the assistant ends the prompt, or another speaks in a side")
+    pair = [chat_text(tokenizer, prompt, add_generation_prompt=True)]
+    for reply, in replies:
+        answer = reply["content"].removesuffix(tail).removesuffix(eos)
+        whole = chat_text(tokenizer, [*prompt, {**reply, "content": answer}])
+        text = whole.removeprefix(pair[0]).removesuffix(after)  # the answer, and what opens it
+        if (whole != pair[0] + text + after or answer.strip() not in text
+                or after.strip() and not tail):
+            ours, text = pair[0] + answer + tail, answer
+            at = len(os.path.commonprefix([ours, whole]))
+            if not seen["differ from the template's whole"]:
+                print(f"after {ours[:at][-12:]!r} what is sampled has {ours[at:][:12]!r}, the "
+                      f"template's whole conversation {whole[at:][:12]!r}; see --chat-kwargs")
+            seen["differ from the template's whole"] += 1
+        pair.append(text + tail)
     return pair, end
 
 
 def chat_text(tokenizer, messages, **options):
-    """Messages through the chat template; its date (Llama 3.2 has one) is the same every day."""
-    same_day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}\n"
-    return tokenizer.apply_chat_template(
+    """Messages through the chat template: none is lost, no thinking, each day 26 July 2024."""
+    day = time.strftime("".join(f".replace('%%{c}', '%{c}')" for c in "FdmbBYyAaHMSIpj"),
+                        time.gmtime(1721952000))
+    same_day = f"{{% macro strftime_now(form) %}}{{{{ form{day} }}}}{{% endmacro %}}\n"
+    options = {"enable_thinking": False, "thinking": False} | tokenizer.chat_kwargs | options
+    text = tokenizer.apply_chat_template(
         messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
+    for m in messages:  # of earlier turns some templates drop the thoughts
+        if m["content"].rpartition("</think>")[2].strip() not in text:
+            raise ValueError(f"the chat template loses text of the {m['role']}'s message")
+    return text
 
 
 def turn_end(tokenizer):
-    """Id of the token that ends a turn in the chat template (Gemma's <end_of_turn>), else EOS."""
-    turns, text = [("user", "?"), ("assistant", "answer")], ""
+    """(What the chat template writes after an answer, so much of it as belongs to the response,
+    the id that ends it: EOS, else the last special token in it; a pattern of special tokens)."""
+    turns, after, end = [("user", "?"), ("assistant", "answer")], "", tokenizer.eos_token_id
     with suppress(Exception):  # no template, or one that wants other messages
-        text = chat_text(tokenizer, [{"role": role, "content": text} for role, text in turns])
-    ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False).input_ids
-    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
+        after = chat_text(tokenizer, [{"role": role, "content": text} for role, text in turns])
+        after = after.rpartition("answer")[2]
+    special = {i: x.content for i, x in tokenizer.added_tokens_decoder.items() if x.special}
+    found = [i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special]
+    end = end if end in found or not found else found[-1]
+    tail = "".join(after.partition(special[end])[:2]) if found else ""
+    return after, tail, end, re.compile("|".join(map(re.escape, special.values())) or "(?!)")
 
 
 # ---- run folder ----------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def parse_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("name", help=f"which pairs: toy, {', '.join(HUB)}, file, or ORG/NAME on the hub")
     p.add_argument("--split", default="train", help="split of ORG/NAME")
+    p.add_argument("--config", help="configuration of ORG/NAME, where it has several")
     p.add_argument("--file", help="read this local copy (jsonl, jsonl.gz, csv) instead of the hub")
     p.add_argument("--out", help="folder to write (default: data/NAME)")
     p.add_argument("--pairs", type=int, help="at most this many pairs (toy: 64000 by default)")
@@ -194,6 +195,8 @@ def from_conversations(row):
     if isinstance(row["chosen"], list):
         (*prompt, chosen), (*other, rejected) = row["chosen"], row["rejected"]
         need(prompt == other, "sides part before the last turn")
+        need([m["role"] == "assistant" for m in (*prompt[-1:], chosen, rejected)] == [0, 1, 1],
+             "the last turn, and only that, must be the assistant's")
         return prompt, chosen["content"], rejected["content"]
     (*prompt, chosen), (*other, rejected) = (
         row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected"))
@@ -202,15 +205,55 @@ def from_conversations(row):
     return "".join(prompt), chosen, rejected
 
 
+def messages(*turns):
+    """Messages of (role, text); an empty system prompt is none."""
+    return [{"role": role, "content": x} for role, x in turns if x or role != "system"]
+
+
 def from_pair(row):
-    """Explicit prompt, chosen, rejected: texts, or messages whose last one is the reply."""
+    """Explicit prompt, chosen, rejected: texts or messages; a side may repeat the prompt."""
     prompt, *sides = (row[key] for key in ("prompt", "chosen", "rejected"))
-    if isinstance(prompt, str) and all(isinstance(side, list) for side in sides):
-        if len(sides[0]) > 1:  # the whole conversation is there
-            return from_conversations(row)
-        prompt = [{"role": "user", "content": prompt}]
-    return prompt, *(side if side is None or isinstance(side, str) else side[-1]["content"]
-                     for side in sides)
+    if all(isinstance(x, str | None) for x in (prompt, *sides)):
+        return prompt, *sides
+    asked = prompt if isinstance(prompt, list) else messages(("user", prompt))
+    sides = [x if isinstance(x, list) else [{"role": "assistant", "content": x}] for x in sides]
+    chosen, rejected = (x if x[:len(asked)] == asked or isinstance(prompt, str) and len(x) > 1
+                        else [*asked, *x] for x in sides)
+    return from_conversations({"chosen": chosen, "rejected": rejected})
+
+
+def from_columns(row):
+    """Alpaca's and Intel/orca_dpo_pairs' columns; `output` may be a list of both answers."""
+    asked = "\n".join(filter(None, (row.get("question") or row["instruction"], row.get("input"))))
+    earlier = [x for pair in row.get("history") or []
+               for x in zip(("user", "assistant"), pair, strict=True)]
+    chosen, rejected = row["output"] if "output" in row else (row["chosen"], row["rejected"])
+    return messages(("system", row.get("system")), *earlier, ("user", asked)), chosen, rejected
+
+
+def from_sharegpt(row):
+    """ShareGPT: "from" and "value" for role and content."""
+    names = {"human": "user", "gpt": "assistant"}
+    return from_conversations({side: messages(*(
+        (names.get(m["from"], m["from"]), m["value"]) for m in [*row["conversations"], row[side]]))
+        for side in ("chosen", "rejected")})
+
+
+def from_scores(row):
+    """The best and the worst of scored answers: HelpSteer3, PKU-SafeRLHF, Nectar, UltraFeedback."""
+    prompt = row["context"] if "context" in row else row.get("prompt") or row["instruction"]
+    if "overall_preference" in row:
+        scored = [(0, row["response1"]), (row["overall_preference"], row["response2"])]
+    elif "better_response_id" in row:
+        scored = [(row["better_response_id"] == i, row[f"response_{i}"]) for i in (0, 1)]
+    elif "answers" in row:
+        prompt, scored = turns(prompt), [(-x["rank"], x["answer"]) for x in row["answers"]]
+    else:
+        scored = [(x["overall_score"], x["response"]) for x in row["completions"]]
+    (low, rejected), *_, (high, chosen) = sorted(scored, key=lambda x: x[0])
+    if low == high:
+        raise Drop("tie")
+    return prompt if isinstance(prompt, list) else messages(("user", prompt)), chosen, rejected
 
 
 def turns(transcript):
@@ -262,13 +305,25 @@ def from_arena_55k(row):
 
 SHAPES = {  # a key that only this shape has: the function that reads it
     "winner_model_a": from_arena_55k, "conversation_a": from_arena_conversations,
-    "summaries": from_comparison, "prompt": from_pair}
+    "summaries": from_comparison, "conversations": from_sharegpt,
+    **dict.fromkeys(("overall_preference", "better_response_id", "answers", "completions"),
+                    from_scores), "instruction": from_columns, "question": from_columns,
+    "prompt": from_pair,
+}
+
+
+def joined(content):
+    """The text of a content in parts of text."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
 def convert(row, as_text):
     """Bring one raw row of any known shape to (prompt, chosen, rejected), or raise Drop."""
     shape = next((SHAPES[key] for key in SHAPES if key in row), from_conversations)
     prompt, chosen, rejected = shape(row)
+    chosen, rejected = joined(chosen), joined(rejected)
+    if isinstance(prompt, list):
+        prompt = [{**m, "content": joined(m["content"])} for m in prompt]
     need(None not in (prompt, chosen, rejected) and not (
         isinstance(prompt, list) and any(m["content"] is None for m in prompt)), "null")
     text = json.dumps([prompt, chosen, rejected], ensure_ascii=False)
@@ -285,10 +340,10 @@ def convert(row, as_text):
     return prompt, chosen, rejected
 
 
-def real_pairs(name, file, limit, as_text, split="train"):
+def real_pairs(name, file, limit, as_text, split="train", config=None):
     """Read real preference data; returns (pairs, Counter of drop reasons)."""
     pairs, dropped = [], Counter()
-    for number, row in raw_rows(file) if file else hub_rows(name, split):
+    for number, row in raw_rows(file) if file else hub_rows(name, split, config):
         try:
             prompt, chosen, rejected = convert(row, as_text)
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
@@ -307,8 +362,8 @@ def main(args):
     out, toy = args.out or f"data/{os.path.basename(args.name)}", args.name == "toy"
     if args.name not in ("toy", *HUB, "file") and args.name.count("/") != 1:
         stop(f"no task {args.name}: give toy, {', '.join(HUB)}, file, or ORG/NAME on the hub")
-    if args.split != "train" and "/" not in args.name:
-        stop(f"--split {args.split} is for ORG/NAME on the hub")
+    if (args.split != "train" or args.config) and "/" not in args.name:
+        stop(f"--split {args.split} is for ORG/NAME on the hub, and so is --config")
     for flag in ("pairs", "width", "layers", "vocab"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             stop(f"--{flag} {getattr(args, flag)} is out of range")
@@ -327,7 +382,7 @@ def main(args):
         pairs = toy_pairs(args.pairs or 64_000, args.seed, noise, args.taste, people)
     else:
         pairs, dropped = real_pairs(args.name, args.file, args.pairs and args.skip + args.pairs,
-                                    args.text, args.split)
+                                    args.text, args.split, args.config)
         pairs = pairs[args.skip:]
         if dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
@@ -368,21 +423,24 @@ def raw_rows(path):
         with opener(path, "rt", encoding="utf-8-sig", newline="") as f:
             if path.endswith(".csv"):
                 csv.field_size_limit(2**31 - 1)
-                yield from enumerate(csv.DictReader(f), 2)
+                for number, row in enumerate(csv.DictReader(f), 2):
+                    if None in row:
+                        stop(f"{path}:{number}: more fields than columns: {row[None]}")
+                    yield number, row
                 return
             for number, line in enumerate(f, 1):
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        stop(f"{path}:{number}: not a JSON object: {line.strip()[:40]!r}")
+                        stop(f"{path}:{number}: not a JSON object, but {line.strip()[:40]!r}")
                     yield number, row
     except OSError as e:
         stop(f"cannot read {path}: {e.strerror or e}; check --file")
     except (EOFError, ValueError) as e:  # cut gzip, not JSON, not UTF-8
-        stop(f"{path}:{number}: malformed line ({e}); mend or remove it")
+        stop(f"{path}:{number}: no JSON object a line: is it a JSON array, or parquet? ({e})")
 
 
-def hub_rows(name, split):
+def hub_rows(name, split, config=None):
     """(row number, row) of a hub data set: its own file, or parquet through `datasets`."""
     from huggingface_hub import hf_hub_download
 
@@ -395,11 +453,12 @@ def hub_rows(name, split):
     try:
         if file:
             return raw_rows(hf_hub_download(repo, file, repo_type="dataset"))
-        return enumerate(load_dataset(repo, split=split, **options), 1)
+        rows = load_dataset(repo, *filter(None, [config]), split=split, **options)
+        return enumerate(rows, 1)
     except Exception as e:  # the hub's many errors all mean: not to be had from here
         what = f"{repo}/{file}" if file else repo
-        stop(f"cannot download {what} ({type(e).__name__}: {str(e)[:100]}); check its name and "
-             "--split, or pass a local copy by --file")
+        stop(f"cannot download {what} ({type(e).__name__}: {str(e)[:200]}); check its name and "
+             "--split and --config, or pass a local copy by --file")
 
 
 def make_base(texts, out, width, layers, vocab, seed, words):

@@ -328,7 +328,8 @@ def measure(name, args):
     """One measure in this process, as one JSON line."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    args.trust_remote_code = False
+    args.trust_remote_code = args.skip_refused = False
+    args.chat_kwargs = "{}"
     with open(os.devnull, "w") as quiet:
         sys.stdout, out = quiet, sys.stdout
         if name == "trl":
@@ -336,8 +337,7 @@ def measure(name, args):
         else:
             policy, tokenizer = dpo.load_model(transformers.AutoModelForCausalLM, args.model, args)
             policy.to(dpo.DEVICE)
-            pairs = dpo.load_pairs(args.data, tokenizer, args.max_prompt_tokens,
-                                   args.max_response_tokens)
+            pairs = dpo.load_pairs(args.data, tokenizer, args)
             if name == "online":
                 found = online_step(args, policy, pairs)
             elif name in ("sft", "reward"):

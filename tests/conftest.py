@@ -19,7 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers  # noqa: E402
 
 transformers.logging.set_verbosity_error()
-ARGS = SimpleNamespace(trust_remote_code=False, max_prompt_tokens=32, max_response_tokens=40)
+ARGS = SimpleNamespace(trust_remote_code=False, max_prompt_tokens=32, max_response_tokens=40,
+                       chat_kwargs="{}", skip_refused=False)
 SHARED = Path(os.environ.get("PREFERENCE_DATA", ROOT.parent / "shared" / "data"))
 
 

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     p.add_argument("--out", required=True, help="table to write (csv)")
     p.add_argument("--responses", type=int, default=256, help="responses of each source")
     p.set_defaults(max_prompt_tokens=32, max_response_tokens=64, tokens_per_microbatch=8192,
-                   trust_remote_code=False)
+                   trust_remote_code=False, chat_kwargs="{}", skip_refused=False)
     return p.parse_args(argv)
 
 
@@ -86,7 +86,7 @@ def split(rows, logratios, tokenizer):
 def main(args):
     reference, tokenizer = load_model(AutoModelForCausalLM, args.reference, args)
     gold = load_labeller(args.gold, tokenizer, args)
-    pairs = load_pairs(args.data, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
+    pairs = load_pairs(args.data, tokenizer, args)
     pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:args.responses]
     pairs = [pairs[i] for i in pick.tolist()]
     prompts, lines = [x for x, *_ in pairs], []

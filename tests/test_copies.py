@@ -66,7 +66,8 @@ def test_same_flag_same_help():
 def test_every_flag_is_read(path):
     """By the script itself, or by the module that it hands its `args` to."""
     source = path.read_text()
-    handed = {"baseline": "gold_eval.py", "trust_remote_code": "reward.py"}
+    handed = {"baseline": "gold_eval.py", "trust_remote_code": "reward.py",
+              "chat_kwargs": "reward.py", "skip_refused": "reward.py"}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
             name = node.args[0].value.lstrip("-").replace("-", "_")
@@ -75,9 +76,9 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (626, 259), "ipo.py": (626, 259), "slic.py": (631, 264), "bo2.py": (604, 237),
-    "sft.py": (572, 205), "online_rlhf.py": (985, 422), "reward.py": (813, 304),
-    "gold_eval.py": (688, 243), "tasks.py": (460, 460), "study.py": (510, 510),
+    "dpo.py": (687, 263), "ipo.py": (687, 263), "slic.py": (692, 268), "bo2.py": (665, 241),
+    "sft.py": (632, 208), "online_rlhf.py": (1046, 426), "reward.py": (875, 309),
+    "gold_eval.py": (691, 246), "tasks.py": (519, 519), "study.py": (510, 510),
     "plots.py": (758, 758)}
 
 

@@ -1,6 +1,7 @@
 """Tokenisation and order: BOS at most once, EOS exactly once, no row lost, ids never touched."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -20,14 +21,20 @@ def tokenizer(adds_bos=False, adds_eos=False, template=None, **special):
             single=single, special_tokens=[("<bos>", 2), ("<eos>", 1)])
     special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", **special}
     made = PreTrainedTokenizerFast(tokenizer_object=core, **special)
-    made.chat_template = template
+    made.chat_template, made.chat_kwargs = template, {}
     return made
+
+
+def limits(prompt=10, response=10, skip=False):
+    """What `load_pairs` reads of a script's flags."""
+    return SimpleNamespace(max_prompt_tokens=prompt, max_response_tokens=response,
+                           skip_refused=skip)
 
 
 def load(tmp_path, rows, tok, max_prompt=10, max_response=10):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return dpo.load_pairs(str(path), tok, max_prompt, max_response)
+    return dpo.load_pairs(str(path), tok, limits(max_prompt, max_response))
 
 
 def pair(prompt="a b", chosen="c d", rejected="e"):

@@ -19,7 +19,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, Fork, flags, rows_of, same_weights, script, tiny
-from test_data import load, pair, tokenizer
+from test_data import limits, load, pair, tokenizer
 from test_scripts import timeless
 
 STEPS = int(os.environ.get("STEPS", 100))
@@ -41,7 +41,7 @@ def test_data_that_is_odd_but_right(tmp_path):
         path.write_bytes(text.encode())
         import dpo
 
-        assert dpo.load_pairs(str(path), tok, 10, 10) == plain
+        assert dpo.load_pairs(str(path), tok, limits()) == plain
     long = load(tmp_path, [pair(prompt="a " * 500_000)], tok)
     assert long[0][0] == [4] * 10
     assert load(tmp_path, [pair(prompt="a\0b")], tok)[0][0] == [3]  # a null byte is a character
@@ -88,7 +88,7 @@ def test_fuzzed_pairs(tmp_path, capsys):
             text = text or bytearray(b" ")
         path.write_bytes(text)
         try:
-            pairs = dpo.load_pairs(str(path), tok, 10, 10)
+            pairs = dpo.load_pairs(str(path), tok, limits())
             assert len(pairs) == sum(bool(x.strip()) for x in text.decode("utf-8-sig").replace(
                 "\r\n", "\n").replace("\r", "\n").split("\n"))
             loaded += 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import ARGS, SHARED, Fork, load_model, random_pairs, tiny
-from test_data import load, pair, tokenizer
+from test_data import limits, load, pair, tokenizer
 from test_logps import brute_force
 
 import dpo
@@ -214,7 +214,7 @@ def test_responses_end_as_the_template_ends_a_turn(tmp_path):
     assert gold_eval.end_ids(model, tok) == sorted([1, 7, end])
     assert gold_eval.end_ids(model, tokenizer()) == [1, 7]  # no template: EOS
     refuses = chat_tokenizer("{{ raise_exception('no such turns') }}")
-    assert gold_eval.turn_end(refuses) == 1
+    assert gold_eval.turn_end(refuses)[2] == 1
 
 
 def test_sampling_stops_at_any_of_them():
@@ -269,9 +269,9 @@ def print_bytes_a_token(folder):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    dpo.load_pairs(f"{folder}/few.jsonl", tokenizer, 1000, 1000)
+    dpo.load_pairs(f"{folder}/few.jsonl", tokenizer, limits(1000, 1000))
     before = peak()
-    pairs = dpo.load_pairs(f"{folder}/many.jsonl", tokenizer, 1000, 1000)
+    pairs = dpo.load_pairs(f"{folder}/many.jsonl", tokenizer, limits(1000, 1000))
     print((peak() - before) / sum(len(ids) for pair in pairs for ids in pair))
 
 
@@ -347,7 +347,7 @@ def test_on_a_pretrained_model(tmp_path, capsys):
     tasks.main(tasks.parse_args(["helpful", "--file", str(helpful), "--pairs", "300", "--text",
                                  "--out", str(tmp_path)]))
     policy, tok = load_model(REAL_MODEL)
-    pairs = dpo.load_pairs(f"{tmp_path}/initial.jsonl", tok, 128, 128)
+    pairs = dpo.load_pairs(f"{tmp_path}/initial.jsonl", tok, limits(128, 128))
     pairs = [p for p in pairs if len(p[1]) == len(p[2]) == 128][:2]
     capsys.readouterr()
     assert dpo.choose_logps(policy, pairs, ARGS) is dpo.pair_logps and capsys.readouterr().out == ""

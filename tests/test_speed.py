@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import Fork, load_model
+from test_data import limits
 
 import dpo
 
@@ -75,7 +76,7 @@ def test_cost_is_flat_from_1k_to_50k_pairs(toy, tmp_path):
         path = tmp_path / f"{count}.jsonl"
         path.write_text("\n".join(lines[i % len(lines)] for i in range(count)) + "\n")
         began = time.process_time()
-        pairs = dpo.load_pairs(str(path), tokenizer, 32, 40)
+        pairs = dpo.load_pairs(str(path), tokenizer, limits(32, 40))
         for rows in dpo.make_batches(count // 32, 32, count, 0, 0)[:30]:
             dpo.pack_pairs([pairs[i] for i in rows], "cpu")  # which does not see the other pairs
         json.dumps(pairs)
