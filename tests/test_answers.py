@@ -48,12 +48,13 @@ def test_log_probs(world, logps_of):
 
 
 def test_losses(world):
-    """A policy that says good with .9, not .5 as its reference does, and bad with .1, not .5."""
+    """A policy that says good with .9 and bad with .1, and a reference with .6 and .4."""
     pair = world.pairs("fox: good > bad")
-    logps, ref = (dpo.plain_logps(world.load(world.writer(x)), pair) for x in (RAISED, HALF))
-    h = log(0.9 / 0.5) - log(0.1 / 0.5)
-    assert h == near(log(9))
-    assert dpo.dpo_loss(logps, ref, 1.0).item() == near(-log(9 / (9 + 1)))  # - log sigmoid(h)
+    logps, ref = (dpo.plain_logps(world.load(world.writer(x)), pair)
+                  for x in (RAISED, {"good": 0.6, "bad": 0.4}))
+    h = log(0.9 / 0.6) - log(0.1 / 0.4)
+    assert h == near(log(6))
+    assert dpo.dpo_loss(logps, ref, 1.0).item() == near(-log(6 / (6 + 1)))  # - log sigmoid(h)
     assert ipo.ipo_loss(logps, ref, 0.1).item() == near((0.1 * h - 0.5) ** 2)
     assert slic.slic_loss(logps, ref, 0.1).item() == near(1 - 0.1 * h)
     assert slic.slic_loss(logps, ref, 1.0).item() == 0  # h is beyond the margin: nothing to learn
@@ -102,10 +103,11 @@ def test_prefer(world, kind):
     assert reward.prefer(world.labeller(kind), pairs).tolist() == near([0.8, -0.8, 0.5, 0])
 
 
-def test_equal_responses_tie_whatever_rounding_says(world, monkeypatch):
-    monkeypatch.setattr(reward, "both_orders", lambda *_: torch.tensor([[0.9, 0.9], [0.1, 0.1]]))
-    found = reward.prefer(None, world.pairs("fox: good > good", "fox: good > bad"))
-    assert found.tolist() == near([0, 0.8])
+def test_prefer_asks_both_ways(world, monkeypatch):
+    """What the place adds to both orders cancels; equal responses tie whatever rounding says."""
+    monkeypatch.setattr(reward, "both_orders", lambda *_: torch.tensor([[0.9, 0.9], [0.3, 0.3]]))
+    found = reward.prefer(None, world.pairs("fox: good > bad", "fox: good > good"))
+    assert found.tolist() == near([0.6, 0])
 
 
 def biased(model, pairs):
@@ -122,12 +124,12 @@ def test_both_orders(world):
 
 
 def test_assess(world):
-    """Two of three labels as the model has them; sure of .9, .75 and, wrongly, .75."""
+    """Three of four labels as the model has them; sure of .9, .75, .75 and, wrongly, .75."""
     found = reward.assess(world.labeller(), world.pairs(
-        "fox: good > bad", "fox: good > fair", "fox: bad > fair"), 99)
-    assert found["accuracy"] == near(2 / 3) and found["order_disagreement"] == 0
-    # calibration error: one pair at .9, all right; two at .75, half of them right
-    assert found["ece"] == near(1 / 3 * (1 - 0.9) + 2 / 3 * (0.75 - 0.5))
+        "fox: good > bad", "fox: good > fair", "fox: fair > bad", "fox: bad > fair"), 99)
+    assert found["accuracy"] == 0.75 and found["order_disagreement"] == 0
+    # calibration error: one pair at .9, all right; three at .75, two of them right
+    assert found["ece"] == near(1 / 4 * (1 - 0.9) + 3 / 4 * (0.75 - 2 / 3))
 
 
 def test_order_disagreement(world):
@@ -282,18 +284,19 @@ def test_pairs_of_two_policies(world, capsys):
 def test_classify(world):
     """In ten parts of a stream, who agrees with the golden model?
 
-    The labeller does in the first five. The policy raises good after fox, which is the prompt of
-    the first three, and lowers it after owl, if one compares it with its reference: its own
-    log-probs are all the same. One pair of four is equal and does not count.
+    The labeller does in the first five. The policy's log-probs are all the same: compared with its
+    reference it raises good after fox (parts 1 to 3), and lowers it after owl (from part 6 on); of
+    cow it has no opinion, which is 1/2. One pair of four is equal and does not count.
     """
-    stream = [f"{'fox' if i < 12 else 'owl'}: " + (
+    stream = [f"{'fox' if i < 12 else 'cow' if i < 20 else 'owl'}: " + (
         "fair > fair" if i % 4 == 0 else "good > bad" if i < 20 else "bad > good")
         for i in range(40)]
     out = world.run(gold_eval, "classify", model=world.writer(HALF), gold=world.pairwise,
-                    reference=world.writer(LOWERED, owl=RAISED), data=world.file(stream))
+                    reference=world.writer(LOWERED, owl=RAISED, cow=HALF),
+                    data=world.file(stream))
     rows = rows_of(out)
     assert [row["gold/accuracy_labeller"] for row in rows] == [1] * 5 + [0] * 5
-    assert [row["gold/accuracy_policy"] for row in rows] == [1] * 3 + [0] * 7
+    assert [row["gold/accuracy_policy"] for row in rows] == [1] * 3 + [0.5] * 2 + [0] * 5
     assert [row["pairs"] for row in rows] == [3] * 10
     assert [row["share_of_stream"] for row in rows] == near([i / 10 for i in range(1, 11)])
 
@@ -325,8 +328,8 @@ def test_online_step(world):
 def test_online_evaluation(world):
     """KL 0 at the start, which is the reference; later steps are compared with it, not with
     themselves. --eval-data are the pairs that accuracy_golden is of."""
-    _, rows = online(world, steps=2, eval_every=1, gold=world.pairwise, baseline=world.file(
-        ["fox: fair"]), eval_data=world.file(["fox: bad > good"]))
+    _, rows = online(world, ["fox: good > bad"], steps=2, eval_every=1, gold=world.pairwise,
+                     baseline=world.file(["fox: fair"]), eval_data=world.file(["fox: bad > good"]))
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["gold/kl"] == near(0) and rows[0]["gold/accuracy_golden"] == 0.5
     assert rows[2]["gold/kl"] > rows[1]["gold/kl"] > 1e-4
