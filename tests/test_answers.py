@@ -2,8 +2,8 @@
 
 A prompt is a word (fox, owl, cow), and so is a response (good, fair, bad; then it ends). A language
 model is a table: how likely is each next word, given the last one. A preference model has a score
-for each word, so that good beats fair, and fair beats bad, with probability .75 each, and good
-beats bad with .9. In names, RAISED says good with .9 and bad with .1, LOWERED the other way round,
+for each word, so that good beats fair, and fair beats bad, with probability 2/3 each, and good
+beats bad with .8. In names, RAISED says good with .9 and bad with .1, LOWERED the other way round,
 HALF each with .5; GOOD, FAIR and BAD say nothing else. Everything runs as on real models, by files,
 folders and command lines; `world.py` makes them.
 """
@@ -98,9 +98,9 @@ def test_sft_learns_both_responses(world):
 # ---- the preference model ------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["pairwise", "pointwise"])
 def test_prefer(world, kind):
-    """The margin r(x, y1, y2) - r(x, y2, y1) is .9 - .1 for good against bad; equal ones tie."""
+    """The margin r(x, y1, y2) - r(x, y2, y1) is .8 - .2 for good against bad; equal ones tie."""
     pairs = world.pairs("fox: good > bad", "fox: bad > good", "fox: fair > bad", "fox: fair > fair")
-    assert reward.prefer(world.labeller(kind), pairs).tolist() == near([0.8, -0.8, 0.5, 0])
+    assert reward.prefer(world.labeller(kind), pairs).tolist() == near([0.6, -0.6, 1 / 3, 0])
 
 
 def test_prefer_asks_both_ways(world, monkeypatch):
@@ -111,29 +111,29 @@ def test_prefer_asks_both_ways(world, monkeypatch):
 
 
 def biased(model, pairs):
-    """Odds of the first response five times too high: a preference for the place."""
-    return reward.preference_logits(model, pairs) + log(5)
+    """Odds of the first response three times too high: a preference for the place."""
+    return reward.preference_logits(model, pairs) + log(3)
 
 
 def test_both_orders(world):
-    """r(x, y1, y2) and r(x, y2, y1), of odds 9 and 3; a pointwise model is asked but once."""
+    """r(x, y1, y2) and r(x, y2, y1), of odds 4 and 2; a pointwise model is asked but once."""
     pairs = world.pairs("fox: good > bad", "fox: good > fair")
-    for kind, second in (("pairwise", [5 / 14, 5 / 8]), ("pointwise", [1 / 46, 1 / 16])):
+    for kind, second in (("pairwise", [3 / 7, 3 / 5]), ("pointwise", [1 / 13, 1 / 7])):
         found = reward.both_orders(world.labeller(kind), pairs, 99, biased).tolist()
-        assert found[0] == near([45 / 46, 15 / 16]) and found[1] == near(second)
+        assert found[0] == near([12 / 13, 6 / 7]) and found[1] == near(second)
 
 
 def test_assess(world):
-    """Three of four labels as the model has them; sure of .9, .75, .75 and, wrongly, .75."""
+    """Two of three labels as the model has them; sure of .8, 2/3 and, wrongly, 2/3."""
     found = reward.assess(world.labeller(), world.pairs(
-        "fox: good > bad", "fox: good > fair", "fox: fair > bad", "fox: bad > fair"), 99)
-    assert found["accuracy"] == 0.75 and found["order_disagreement"] == 0
-    # calibration error: one pair at .9, all right; three at .75, two of them right
-    assert found["ece"] == near(1 / 4 * (1 - 0.9) + 3 / 4 * (0.75 - 2 / 3))
+        "fox: good > bad", "fox: good > fair", "fox: bad > fair"), 99)
+    assert found["accuracy"] == near(2 / 3) and found["order_disagreement"] == 0
+    # calibration error: one pair at .8, all right; two at 2/3, half of them right
+    assert found["ece"] == near(1 / 3 * (1 - 0.8) + 2 / 3 * (2 / 3 - 1 / 2))
 
 
 def test_order_disagreement(world):
-    """A biased model says "the first" in both orders where the odds are 3, not where they are 9.
+    """A biased model says "the first" in both orders where the odds are 2, not where they are 4.
 
     Judged both ways it is right all the same, and fair > good is still wrong.
     """
@@ -145,15 +145,15 @@ def test_order_disagreement(world):
 
 
 def test_a_preference_model_learns_the_label(world):
-    """The loss is - log r of the right order: log 10/9 where good, at .9, is chosen, else log 10.
+    """The loss is - log r of the right order: log 5/4 where good, at .8, is chosen, else log 5.
 
     Trained on good > bad it prefers good, wherever it stands, and finds the held-out label.
     """
     pair, model = world.pairs("fox: good > bad"), world.labeller()
     right, wrong = (reward.preference_model_step(model, reward.preference_logits, pair, flip, 99)
                     for flip in ([0], [1]))
-    assert (right["loss"], right["accuracy"]) == near((log(10 / 9), 1))
-    assert (wrong["loss"], wrong["accuracy"]) == near((log(10), 0))
+    assert (right["loss"], right["accuracy"]) == near((log(5 / 4), 1))
+    assert (wrong["loss"], wrong["accuracy"]) == near((log(5), 0))
     out, rows = world.trained(reward, "train", data=world.file(["fox: good > bad"] * 40), steps=8,
                               batch_size=8, eval_every=4)
     model, _ = reward.load_preference_model(out, ARGS)
@@ -193,7 +193,7 @@ def test_outcomes_and_samples(world, monkeypatch, twice):
     found, samples = gold_eval.evaluate(policy, judge)
     assert found["outcomes"] == "201" and found["gold/win_rate"] == near(0.5)
     assert found["gold/win_rate_se"] == near(0.5 / sqrt(3))  # of 1, 0, 1/2: deviation 1/2
-    expected = [("fox", "good", 0.5), ("owl", "bad", -0.5), ("cow", "fair", 0)]
+    expected = [("fox", "good", 1 / 3), ("owl", "bad", -1 / 3), ("cow", "fair", 0)]
     assert samples == [{"prompt": prompt, "response": said, "baseline": "fair",
                         "gold_margin": near(margin)} for prompt, said, margin in expected][:twice]
 
@@ -308,7 +308,7 @@ def online(world, lines=("fox: fair > bad",), start=HALF, **options):
 
 
 def test_online_step(world):
-    """The policy samples good or bad; the labeller puts good first, with margin .9 - .1; the loss
+    """The policy samples good or bad; the labeller puts good first, with margin .8 - .2; the loss
     of the start is (0 - 1/2)^2; and then the policy says good more often."""
     out, (metrics,) = online(world)
     rows = rows_of(f"{out}/stream.jsonl")
@@ -317,9 +317,9 @@ def test_online_step(world):
     for row in rows:
         equal = row["chosen_ids"] == row["rejected_ids"]
         assert row["prompt_ids"] == world.ids("fox") and row["step"] == 1
-        assert row["margin"] == near(0 if equal else 0.8)
+        assert row["margin"] == near(0 if equal else 0.6)
         assert equal or row["chosen_ids"] == world.ids("good.")
-    assert metrics["labeller_margin"] == near(0.8 * (16 - ties) / 16)
+    assert metrics["labeller_margin"] == near(0.6 * (16 - ties) / 16)
     assert metrics["loss"] == near(0.25) and metrics["rewards/margins"] == near(0)
     good, bad = dpo.plain_logps(world.load(out), world.pairs("fox: good > bad"))
     assert good > log(0.5) > bad

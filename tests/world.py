@@ -18,7 +18,7 @@ import tasks
 GOOD, FAIR, BAD = {"good": 1}, {"fair": 1}, {"bad": 1}  # policies that always say one word
 HALF = {"good": 0.5, "bad": 0.5}  # most often the reference
 RAISED, LOWERED = {"good": 0.9, "bad": 0.1}, {"good": 0.1, "bad": 0.9}
-SCORES = {"good": log(9), "bad": -log(9)}  # halved by the end of a response, which scores 0
+SCORES = {"good": log(4), "bad": -log(4)}  # halved by the end of a response, which scores 0
 
 
 class World:
