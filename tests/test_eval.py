@@ -39,12 +39,6 @@ def test_kl_in_chunks(monkeypatch):
     assert torch.allclose(gold_eval.response_kl(policy, reference, rows, 8192), whole, rtol=1e-4)
 
 
-def test_mean_se():
-    found = gold_eval.mean_se("x", torch.tensor([0.0, 1.0, 1.0, 0.0]))
-    assert found["gold/x"] == 0.5
-    assert found["gold/x_se"] == pytest.approx(math.sqrt(1 / 3) / 2)
-
-
 def preference_model(kind, seed=0):
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(LlamaConfig(
@@ -124,18 +118,6 @@ def test_a_backbone_that_takes_no_mask_gets_plain_rows(capsys, monkeypatch):
     assert model.config.plain_rows and "using plain rows" in capsys.readouterr().out
     assert torch.allclose(reward.preference_logits(model, pairs), truth, atol=1e-3)
     assert not torch.allclose(wrong, truth, atol=1e-3)
-
-
-def test_assess_by_hand():
-    """Two sure and right, one unsure and wrong: accuracy 2/3, calibration error by hand."""
-    logit = {5: math.log(9), 6: math.log(9), 7: math.log(0.4 / 0.6)}
-    found = reward.assess(
-        preference_model("pointwise"), [([2], [i], [3]) for i in (5, 6, 7)], 100,
-        lambda model, pairs: torch.tensor([
-            logit[a[0]] if a[0] in logit else -logit[b[0]] for _, a, b in pairs]))
-    assert found["accuracy"] == pytest.approx(2 / 3)
-    assert found["order_disagreement"] == 0
-    assert found["ece"] == pytest.approx(2 / 3 * abs(0.9 - 1) + 1 / 3 * abs(0.6 - 0), abs=1e-5)
 
 
 def test_log_ratios_split_over_words_add_up(toy):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ARGS, ROOT, Fork, flags, rows_of, same_weights, train
+from conftest import ROOT, Fork, flags, rows_of, same_weights, train
 from conftest import script as run_script
 
 LOSSES = ["ipo", "dpo", "slic", "bo2"]
@@ -95,17 +95,6 @@ def test_tandem(toy, tmp_path, loss):
     offline(toy, loss, f"{tmp_path}/swapped", data=f"{tmp_path}/swapped.jsonl",
             shuffle_window=1)
     assert not same_weights(f"{tmp_path}/online", f"{tmp_path}/swapped")
-
-
-def test_the_stream_is_what_the_labeller_prefers(toy, tmp_path):
-    import reward
-
-    online(toy, f"{tmp_path}/o")
-    rows = rows_of(f"{tmp_path}/o/stream.jsonl")
-    model, _ = reward.load_preference_model(f"{toy}/proxy", ARGS)
-    pairs = [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows]
-    margins = reward.prefer(model, pairs)
-    assert (margins > -1e-5).all() and margins.max() > 0
 
 
 def test_equal_samples_are_counted_and_weightless(toy, tmp_path, monkeypatch):
@@ -197,39 +186,6 @@ def test_slic_hf(toy, tmp_path):
                   batch_size=1)[0]
     hinge = max(0.0, 1 - (row["logps/chosen"] - row["logps/rejected"]))
     assert row["loss"] == pytest.approx(hinge - 0.5 * row["logps/chosen"], rel=1e-5)
-
-
-def test_pairs_of_two_policies(toy, tmp_path):
-    import gold_eval
-
-    online(toy, f"{tmp_path}/o")
-    gold_eval.main(gold_eval.parse_args(["sample", *flags(
-        model=f"{toy}/sft", other=f"{tmp_path}/o", gold=f"{toy}/gold", prompts=10,
-        data=f"{toy}/data/golden.jsonl", out=f"{tmp_path}/two.jsonl", max_prompt_tokens=32,
-        max_response_tokens=40)]))
-    rows = rows_of(f"{tmp_path}/two.jsonl")
-    assert len(rows) == 10 and rows[0].keys() == {"prompt_ids", "chosen_ids", "rejected_ids"}
-    offline(toy, "ipo", f"{tmp_path}/i", data=f"{tmp_path}/two.jsonl")
-
-
-def test_classify_follows_a_stream(toy, tmp_path):
-    """Labelled by the golden model it agrees with itself; the reference has no opinion (h = 0)."""
-    import gold_eval
-
-    online(toy, f"{tmp_path}/o", labeller=f"{toy}/gold", steps=6)
-
-    def classify(model):
-        out = f"{tmp_path}/{os.path.basename(model)}.jsonl"
-        gold_eval.main(gold_eval.parse_args(["classify", *flags(
-            model=model, reference=f"{toy}/sft", gold=f"{toy}/gold", out=out,
-            data=f"{tmp_path}/o/stream.jsonl", max_prompt_tokens=32, max_response_tokens=40)]))
-        return rows_of(out)
-
-    rows = classify(f"{toy}/sft")
-    ties = sum(r["chosen_ids"] == r["rejected_ids"] for r in rows_of(f"{tmp_path}/o/stream.jsonl"))
-    assert len(rows) == 10 and sum(r["pairs"] for r in rows) == 48 - ties
-    assert all(r["gold/accuracy_labeller"] == 1 and r["gold/accuracy_policy"] == 0.5 for r in rows)
-    assert any(r["gold/accuracy_policy"] != 0.5 for r in classify(f"{tmp_path}/o"))
 
 
 def alone(folder, block):
