@@ -148,7 +148,7 @@ def pair_logps(model, pairs):
     *chunks, last = zip(hidden.split(size), targets.split(size), strict=True)
     nlls = torch.cat([*(checkpoint(nll, *chunk, use_reentrant=False, preserve_rng_state=False)
                         for chunk in chunks), nll(*last)])
-    return nlls.new_zeros(2 * len(pairs)).index_add(0, owners, -nlls).view(2, -1)
+    return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
 
 
 def make_batches(steps, batch_size, rows, shuffle_window, seed):

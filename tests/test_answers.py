@@ -10,6 +10,7 @@ folders and command lines; `world.py` makes them.
 
 from functools import partial
 from math import log, sqrt
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_prefer(world, kind):
 def test_prefer_asks_both_ways(world, monkeypatch):
     """What the place adds to both orders cancels; equal responses tie whatever rounding says."""
     monkeypatch.setattr(reward, "both_orders", lambda *_: torch.tensor([[0.9, 0.9], [0.3, 0.3]]))
-    found = reward.prefer(None, world.pairs("fox: good > bad", "fox: good > good"))
+    found = reward.prefer(SimpleNamespace(config=None), world.pairs("fox: good > bad", "fox: good > good"))
     assert found.tolist() == near([0.6, 0])
 
 

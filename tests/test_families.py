@@ -74,9 +74,10 @@ def test_a_family_through_every_stage(tmp_path, family, capsys):
     start = dict(model=f"{tmp_path}/sft", **SHORT)
     first = train("dpo", f"{tmp_path}/dpo", data=data, **start)[0]
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)  # the policy is its reference
+    capsys.readouterr()
     for kind in ("pairwise", "pointwise"):
         train_preferences(f"{tmp_path}/{kind}", data=data, kind=kind, **start)
-        assert ("using plain rows" in capsys.readouterr().out) == plain
+        assert "using plain rows" not in capsys.readouterr().out  # a body has no head of its own
     train("online_rlhf", f"{tmp_path}/online", loss="ipo", prompts=data,
           labeller=f"{tmp_path}/pairwise", **start)
     stream = rows_of(f"{tmp_path}/online/stream.jsonl")

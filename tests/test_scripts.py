@@ -243,7 +243,7 @@ def bad(tmp_path, toy):
         ("not JSON", "dpo", flags(**dpo | {"data": file("a.jsonl", good + "{oops")}), "a.jsonl:2"),
         ("not an object", "dpo", flags(**dpo | {"data": file("b.jsonl", "[1]\n")}), "b.jsonl:1"),
         ("missing key", "dpo", flags(**dpo | {"data": file("c.jsonl", good + '{"prompt": "x"}\n')}),
-         "c.jsonl:2: KeyError: 'chosen'; prompt, chosen and"),
+         "c.jsonl:2: ValueError: no chosen and no rejected among"),
         ("not a string", "dpo", flags(**dpo | {"data": file(
             "d.jsonl", '{"prompt": 3, "chosen": "b", "rejected": "c"}\n')}), "d.jsonl:1"),
         ("empty", "dpo", flags(**dpo | {"data": file("e.jsonl", "\n")}), "no pairs"),
