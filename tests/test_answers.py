@@ -107,7 +107,8 @@ def test_prefer(world, kind):
 def test_prefer_asks_both_ways(world, monkeypatch):
     """What the place adds to both orders cancels; equal responses tie whatever rounding says."""
     monkeypatch.setattr(reward, "both_orders", lambda *_: torch.tensor([[0.9, 0.9], [0.3, 0.3]]))
-    found = reward.prefer(SimpleNamespace(config=None), world.pairs("fox: good > bad", "fox: good > good"))
+    pairs = world.pairs("fox: good > bad", "fox: good > good")
+    found = reward.prefer(SimpleNamespace(config=None), pairs)
     assert found.tolist() == near([0.6, 0])
 
 
