@@ -3,6 +3,7 @@
     python tests/mutants.py --out mutants.jsonl            # all; goes on where it stopped
     python tests/mutants.py --out mutants.jsonl --only gold_eval.py
     python tests/mutants.py --out mutants.jsonl --survivors
+    python tests/mutants.py --out a.jsonl --part 1/2        # every second, one process of two
 
 tests/mutants.jsonl lists [file, text, what it becomes]. Each is tried in a copy of the tree by the
 tests that concern it, quick ones first, until one fails: then it is killed. Outside CI: about an
@@ -65,14 +66,14 @@ def run(folder, names, out):
                           *(f"tests/test_{name}.py" for name in names)]))
 
 
-def fate(mutant):
+def fate(mutant, names):
     """("killed" by which test, or "survived")."""
     file, old, new, _ = mutant
     with tempfile.TemporaryDirectory() as folder:
         copy_of(file, old, new, folder)
         log = f"{folder}/log"
         process = multiprocessing.get_context("fork").Process(
-            target=run, args=(folder, TESTS[file] + SLOW, log))
+            target=run, args=(folder, names, log))
         process.start()
         process.join(900)
         if process.is_alive():
@@ -91,9 +92,10 @@ def main(args):
         import torch  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
 
-        todo = [m for m in mutants() if m[:3] not in done and args.only in m[0]]
+        part, parts = map(int, args.part.split("/"))
+        todo = [m for m in mutants()[part - 1::parts] if m[:3] not in done and args.only in m[0]]
         for i, mutant in enumerate(todo if not args.survivors else []):
-            how, by = fate(mutant)
+            how, by = fate(mutant, TESTS[mutant[0]] + SLOW * (not args.quick))
             done[mutant[:3]] = {"mutant": mutant[:3], "fate": how, "by": by}
             f.write(json.dumps(done[mutant[:3]]) + "\n")
             f.flush()
@@ -111,6 +113,8 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="results, a line a mutant")
+    parser.add_argument("--part", default="1/1", help="of so many parts")
+    parser.add_argument("--quick", action="store_true", help="without the slow tests")
     parser.add_argument("--only", default="", help="mutants of one file")
     parser.add_argument("--survivors", action="store_true", help="run nothing, print what survived")
     main(parser.parse_args())

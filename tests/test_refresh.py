@@ -58,3 +58,17 @@ def test_killed_inside_a_window(toy, tmp_path, monkeypatch, dies_at):
     assert same_weights(out, whole)
     assert rows_of(f"{out}/stream.jsonl") == rows_of(f"{whole}/stream.jsonl")
     assert timeless(rows_of(f"{out}/metrics.jsonl")) == timeless(rows_of(f"{whole}/metrics.jsonl"))
+
+
+def test_noise_is_seeded_by_the_run_and_the_step(toy, tmp_path, monkeypatch):
+    """Two runs of two steps: four seeds. (That torch's CPU generator reads the low half of them
+    only is what test_training expects to fail.)"""
+    seeds, pairs_of = [], online_rlhf.sample_pairs
+
+    def watched(*args):
+        seeds.extend(generator.initial_seed() for generator in args[5])
+        return pairs_of(*args)
+    monkeypatch.setattr(online_rlhf, "sample_pairs", watched)
+    for seed in (0, 1):
+        online(toy, f"{tmp_path}/{seed}", seed=seed, steps=2)
+    assert len(set(seeds)) == len(seeds) == 4
