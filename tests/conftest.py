@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers  # noqa: E402
 
 transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)  # tiny models: a second thread only waits
 ARGS = SimpleNamespace(trust_remote_code=False, max_prompt_tokens=32, max_response_tokens=40,
                        chat_kwargs="{}", skip_refused=False)
 SHARED = Path(os.environ.get("PREFERENCE_DATA", ROOT.parent / "shared" / "data"))
