@@ -486,9 +486,9 @@ def next_logits(model, ids, real, places, cache):
 
 @torch.no_grad()
 def takes_our_cache(model, static):
-    """Does a model give with our cache the logits of plain rows, else with `generate`, its own?
+    """True if a model's logits with our cache are those of plain rows; False if `generate`'s are.
 
-    After two unequal prompts, and after two tokens more: True or False, or an error if neither.
+    Compared after two unequal prompts and after two tokens more. Neither is an error.
     """
     rows, more, seen = [[2, 1], [1, 2, 2, 1, 2]], [1, 2], []
     plain = [model(input_ids=torch.tensor([row + more[:t]], device=model.device),

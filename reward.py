@@ -509,7 +509,7 @@ class Scored:
 def load_preference_model(name, args, kind=None):
     """Load (preference model in fp32, tokenizer); `kind` starts one from a language model.
 
-    A saved one is a transformers sequence classifier with one label; its config holds the kind.
+    A saved one has the weights of a transformers sequence classifier; its config holds the kind.
     """
     def load(path, trust_remote_code, **options):
         remote = {"trust_remote_code": trust_remote_code}
