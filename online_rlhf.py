@@ -720,7 +720,7 @@ def next_logits(model, ids, real, places, cache):
 
 @torch.no_grad()
 def takes_our_cache(model, static):
-    """True if a model's logits with our cache are those of plain rows; False if `generate`'s are.
+    """True if logits with our cache are those of plain rows, False if those of `generate` are.
 
     Compared after two unequal prompts and after two tokens more. Neither is an error.
     """

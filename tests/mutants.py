@@ -6,8 +6,9 @@
     python tests/mutants.py --out a.jsonl --part 1/2        # every second, one process of two
 
 tests/mutants.jsonl lists [file, text, what it becomes]. Each is tried in a copy of the tree by the
-tests that concern it, quick ones first, until one fails: then it is killed. Outside CI: with --quick
-260 took nine minutes in two parts on two cores. A mutant that changes nothing a test could see says so in a fourth text.
+tests that concern it, quick ones first, until one fails: then it is killed. Outside CI: with
+--quick 260 took nine minutes, in two parts on two cores. A mutant that changes nothing a test could
+see says so in a fourth text.
 """
 
 import argparse
