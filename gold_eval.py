@@ -57,6 +57,7 @@ from reward import (
     load_labeller,
     load_model,
     load_pairs,
+    mask_for,
     micro_batches,
     pack_pairs,
     pooled,
@@ -373,24 +374,6 @@ def pair_logps(model, pairs):
     return -nlls.new_zeros(2 * len(pairs)).index_add(0, owners, nlls).view(2, -1)
 
 
-def mask_for(model, visible, positions):
-    """`visible` (B, 1, T, T) as the model takes it: cut to its window, numbers where it adds them.
-
-    Where layers differ it is a dict of their kinds.
-    """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else ""]
-    masks = {kind: visible for kind in kinds}
-    if "sliding_attention" in masks:
-        near = positions[:, :, None] - positions[:, None] < window
-        masks["sliding_attention"] = visible & near[:, None]
-    if config._attn_implementation == "eager":
-        masks = {kind: torch.zeros(mask.shape, device=mask.device).masked_fill(
-            ~mask, torch.finfo(torch.float32).min) for kind, mask in masks.items()}
-    return masks if len(masks) > 1 else masks.popitem()[1]
-
-
 @torch.no_grad()
 def choose_logps(model, pairs, args):
     """`pair_logps` if it equals `plain_logps` but for rounding on a few pairs, else the latter.
@@ -484,62 +467,86 @@ def next_logits(model, ids, real, places, cache):
                  logits_to_keep=1, **{cache_argument(type(model)): cache}).logits[:, -1]
 
 
-@torch.no_grad()
-def takes_our_cache(model, static):
-    """True if logits with our cache are those of plain rows, False if those of `generate` are.
+def decode(model, prompts, rows, max_tokens, ends, choose, tokens, static):
+    """Continue each prompt with our KV cache in len(rows) / len(prompts) rows, up to one of `ends`.
 
-    Compared after two unequal prompts and after two tokens more. Neither is an error.
+    `choose` gets what is left of rows (B,), the step t and its logits (B, V), and returns tokens
+    (B,). Rows that have ended leave: at once, or, with `static` shapes (on CUDA), when they are
+    half of the batch.
     """
-    rows, more, seen = [[2, 1], [1, 2, 2, 1, 2]], [1, 2], []
-    plain = [model(input_ids=torch.tensor([row + more[:t]], device=model.device),
-                   use_cache=False).logits[:, -1] for t in range(3) for row in rows]
-
-    def ours():
-        cache, used, logits, real = prefill(model, rows, 1, 2, 1024, static)
-        places = real.sum(1, keepdim=True)
-        for token in more:
-            seen.extend(logits)
-            real.index_fill_(1, used, 1)
-            logits = next_logits(model, torch.full_like(places, token), real, places, cache)
-            places += 1
-            used += 1
-        seen.extend(logits)
-
-    def theirs():
-        generate(model, rows, 3, [], lambda t, logits: seen.extend(logits) or torch.tensor(
-            [(*more, 0)[t]] * 2, device=model.device))
-
-    for way in (ours, theirs):
-        seen.clear()
-        with suppress(Exception):
-            way()
-            gap = (torch.stack(seen) - torch.cat(plain)).float().norm() / torch.cat(plain).norm()
-            if gap < (0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3):
-                return way is ours
-    fail(f"{model.config.model_type} models cannot be sampled from in batches: with prompts of "
-         "unequal length neither our cache nor its own gives the logits of single rows")
+    cache, used, logits, real = prefill(model, prompts, len(rows) // len(prompts), max_tokens,
+                                        tokens, static)
+    alive, step = torch.ones_like(rows, dtype=torch.bool), None
+    places = real.sum(1, keepdim=True)  # of the first new token
+    ids = torch.empty_like(places)
+    for t in range(max_tokens):
+        ids[:, 0] = new = choose(rows, t, logits)
+        alive &= (new[:, None] != ends).all(1)
+        left = int(alive.sum())
+        if left == 0 or t + 1 == max_tokens:
+            break
+        if left <= (len(rows) // 2 if static else len(rows) - 1):
+            cut = len(rows) - left  # the shortest rows move into the gaps of those that ended
+            gaps, short = cut + (~alive[cut:]).nonzero()[:, 0], alive[:cut].nonzero()[:, 0]
+            for x in (rows, alive, ids, real, places, *(
+                    x for layer in cache.layers for x in layer.slots)):
+                x[gaps] = x[short]
+            rows, alive, ids, real, places = (x[cut:] for x in (rows, alive, ids, real, places))
+            for layer in cache.layers:
+                layer.slots = [x[cut:] for x in layer.slots]
+            step = None
+        real.index_fill_(1, used, 1)
+        step = step or decoder(model, ids, real, places, cache)
+        logits = step()
+        places += 1
+        used += 1
 
 
-def generate(model, rows, max_tokens, ends, choose):
-    """Continue rows of ids by transformers' generate; choose(t, logits (B, V)) draws the tokens."""
-    width = max(map(len, rows))
-    ids, real = (torch.tensor(x, device=model.device) for x in (
-        [[0] * (width - len(row)) + row for row in rows],
-        [[0] * (width - len(row)) + [1] * len(row) for row in rows]))
+def generate(model, prompts, rows, max_tokens, ends, choose, *_):
+    """The same by transformers' generate, with whatever cache a model has of its own: slower."""
+    width, each = max(map(len, prompts)), len(rows) // len(prompts)
+    ids, real = (torch.tensor(x, device=model.device).repeat_interleave(each, 0) for x in (
+        [[0] * (width - len(x)) + x for x in prompts],
+        [[0] * (width - len(x)) + [1] * len(x) for x in prompts]))
 
     def leave_one(ids, logits):
-        new = choose(ids.shape[1] - width, logits)
+        new = choose(rows, ids.shape[1] - width, logits)
         return torch.full_like(logits, -torch.inf).scatter(1, new[:, None], 0.0)
 
     own, model.generation_config = model.generation_config, GenerationConfig()  # no penalties
     try:
-        found = model.generate(ids, attention_mask=real, generation_config=GenerationConfig(
-            max_new_tokens=max_tokens, eos_token_id=ends or None, pad_token_id=0),
-            logits_processor=LogitsProcessorList([leave_one]))[:, width:].tolist()
+        model.generate(ids, attention_mask=real, generation_config=GenerationConfig(
+            max_new_tokens=max_tokens, eos_token_id=ends.tolist() or None, pad_token_id=0),
+            logits_processor=LogitsProcessorList([leave_one]))
     finally:
         model.generation_config = own
-    return [row[:next((t for t, i in enumerate(row) if i in ends), max_tokens) + 1]
-            for row in found]
+
+
+def choose_decoding(model, static):
+    """`decode` if its logits are those of plain rows, else `generate` if its are, else an error.
+
+    They are compared after two unequal prompts and after two tokens more.
+    """
+    prompts, more, seen = [[2, 1], [1, 2, 2, 1, 2]], [1, 2, 0], []
+    plain = torch.cat([model(input_ids=torch.tensor([x + more[:t]], device=model.device),
+                             use_cache=False).logits[:, -1] for t in range(3) for x in prompts])
+
+    def choose(rows, t, logits):
+        seen.append(logits.clone())
+        return torch.full_like(rows, more[t])
+
+    for way in (decode, generate):
+        seen.clear()
+        with suppress(Exception):
+            way(model, prompts, torch.arange(2, device=model.device), 3,
+                torch.tensor([], device=model.device), choose, 1024, static)
+            gap = (torch.cat(seen) - plain).float().norm() / plain.float().norm()
+            if gap < (0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3):
+                if way is generate:
+                    print("this model does not take our KV cache: sampling by generate, slower")
+                return way
+    fail(f"{model.config.model_type} models cannot be sampled from in batches: with prompts of "
+         "unequal length neither our cache nor its own gives the logits of single rows")
 
 
 def prefill(model, prompts, per_prompt, room, tokens, static):
@@ -623,68 +630,37 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
 
     Those of one prompt stand side by side; each ends with one of the ids `ends` unless it reached
     `max_tokens`. Ids from `known` on, which pad the head and no tokenizer has, are never drawn.
-    Left-padded prompts of not too unequal lengths go together: at most `tokens` are computed at
-    once, and their KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an
-    eighth of what training keeps of it), 32 times elsewhere. Rows that have ended leave the batch:
-    at once, or, with `static` shapes (on CUDA), when they are half of it. The noise of every (row,
-    position) is drawn beforehand: neither the grouping nor the leaving changes what a row draws.
+    Prompts of not too unequal lengths go together: at most `tokens` are computed at once, and their
+    KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an eighth of what
+    training keeps of it), 32 times elsewhere. The noise of every (row, position) is drawn
+    beforehand: neither the grouping nor rows that leave early change what a row draws.
     Of several generators each draws that of an equal share of the prompts.
     Each of several processes samples its share, with a whole model; all get all.
     """
     device, count = model.device, len(prompts) * per_prompt
     static = device.type == "cuda" if static is None else static
     slots = tokens * (8 if static else 32)
-    choose = (lambda logits, _: logits.argmax(-1)) if greedy else pick_tokens
-    if not hasattr(model, "ours"):
-        model.ours = takes_our_cache(model, static)
-        if not model.ours:
-            print("this model does not take our KV cache: sampling by generate, slower")
     generators = generator if isinstance(generator, list) else [generator]
     noise = torch.cat([torch.rand(count // len(generators), max_tokens, generator=g,
                                   dtype=torch.float64) for g in generators]).to(device)
     drawn = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
-    lengths, ends = torch.zeros_like(drawn[:, 0]), torch.tensor(ends, device=device)
+
+    def choose(rows, t, logits):
+        logits = logits[:, :known]
+        new = logits.argmax(-1) if greedy else pick_tokens(logits, noise[rows, t])
+        drawn[rows, t] = new
+        return new
+
+    if not hasattr(model, "decode"):
+        model.decode = choose_decoding(model, static)
     for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
                                             max_tokens, 0.7)):
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
                             device=device)
-        if not model.ours:
-            for row, ids in zip(rows, generate(
-                    model, [prompts[i] for i in group for _ in range(per_prompt)], max_tokens,
-                    ends.tolist(), lambda t, logits, rows=rows: choose(
-                        logits[:, :known], noise[rows, t])), strict=True):
-                drawn[row, :len(ids)], lengths[row] = torch.tensor(ids, device=device), len(ids)
-            continue
-        cache, used, logits, real = prefill(model, [prompts[i] for i in group], per_prompt,
-                                            max_tokens, tokens, static)
-        alive, step = torch.ones_like(rows, dtype=torch.bool), None
-        places = real.sum(1, keepdim=True)  # of the first new token
-        ids = torch.empty_like(places)
-        for t in range(max_tokens):
-            ids[:, 0] = drawn[rows, t] = new = choose(logits[:, :known], noise[rows, t])
-            lengths[rows] += alive
-            alive &= (new[:, None] != ends).all(1)
-            left = int(alive.sum())
-            if left == 0 or t + 1 == max_tokens:
-                break
-            if left <= (len(rows) // 2 if static else len(rows) - 1):
-                cut = len(rows) - left  # the shortest rows move into the gaps of those that ended
-                gaps, short = cut + (~alive[cut:]).nonzero()[:, 0], alive[:cut].nonzero()[:, 0]
-                for x in (rows, alive, ids, real, places, *(
-                        x for layer in cache.layers for x in layer.slots)):
-                    x[gaps] = x[short]
-                rows, alive, ids, real, places = (x[cut:] for x in (
-                    rows, alive, ids, real, places))
-                for layer in cache.layers:
-                    layer.slots = [x[cut:] for x in layer.slots]
-                step = None
-            real.index_fill_(1, used, 1)
-            step = step or decoder(model, ids, real, places, cache)
-            logits = step()
-            places += 1
-            used += 1
-    drawn, lengths = pooled(drawn).tolist(), pooled(lengths).tolist()
-    return [x[:n] for x, n in zip(drawn, lengths, strict=True)]
+        model.decode(model, [prompts[i] for i in group], rows, max_tokens,
+                     torch.tensor(ends, device=device), choose, tokens, static)
+    return [row[:next((t for t, i in enumerate(row) if i in ends), max_tokens) + 1]
+            for row in pooled(drawn).tolist()]
 
 
 if __name__ == "__main__":

@@ -503,7 +503,7 @@ class Scored:
         self.set_output_embeddings(None)
 
     def forward(self, **inputs):
-        return self.base_model(**inputs)
+        return self.score(self.base_model(**inputs).last_hidden_state),
 
 
 def load_preference_model(name, args, kind=None):

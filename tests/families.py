@@ -126,7 +126,7 @@ def kl(model, truth):
 def sampling(model, truth):
     prompts = [x for x, *_ in PAIRS]
     found = gold_eval.sample(model, prompts, 1, 12, [1], torch.Generator(), 150, greedy=True)
-    way = "our cache" if model.ours else "its own cache"
+    way = "our cache" if model.decode is gold_eval.decode else "its own cache"
     for prompt, response in zip(prompts, found, strict=True):
         for t, token in enumerate(response):
             logits = model(input_ids=torch.tensor([prompt + response[:t]]), use_cache=False).logits

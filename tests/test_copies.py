@@ -77,8 +77,8 @@ def test_every_flag_is_read(path):
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
     "dpo.py": (687, 263), "ipo.py": (687, 263), "slic.py": (692, 268), "bo2.py": (665, 241),
-    "sft.py": (632, 208), "online_rlhf.py": (1046, 426), "reward.py": (875, 309),
-    "gold_eval.py": (691, 246), "tasks.py": (519, 519), "study.py": (510, 510),
+    "sft.py": (632, 208), "online_rlhf.py": (1039, 395), "reward.py": (875, 309),
+    "gold_eval.py": (667, 247), "tasks.py": (519, 519), "study.py": (510, 510),
     "plots.py": (758, 758)}
 
 
