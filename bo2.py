@@ -266,7 +266,9 @@ def load_model(kind, name, args, new=()):
         tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
         for wrong, why in (
                 (os.path.exists(f"{path}/adapter_config.json"), "it is an adapter"),
-                (getattr(model.config, "quantization_config", None), "it is quantised"),
+                (getattr(model.config, "quantization_config", None) or any(  # or its config is lost
+                    "weight_scale" in key or key.endswith(("SCB", "absmax"))
+                    for key in found["unexpected_keys"]), "it is quantised"),
                 (lost, f"{len(lost)} weights are not there in their shape and by their name (is "
                  f"there a prefix, as module. or base_model.model.?): {sorted(lost)[:2]}"),
                 (not (whole - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),

@@ -13,6 +13,7 @@ import copy
 import io
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -40,13 +41,26 @@ INNER = dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "decoder_ffn_dim"
 EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
                moe_intermediate_size=16, first_k_dense_replace=1, n_group=1, topk_group=1)
 SMALL = HEADS | LAYERS | WIDE | INNER | EXPERTS | dict(
-    vocab_size=160, head_dim=8, rotary_dim=4, max_position_embeddings=128, n_positions=128,
+    vocab_size=160, unpadded_vocab_size=160, vocab_size_per_layer_input=160, head_dim=8,
+    rotary_dim=4, max_position_embeddings=128, n_positions=128,
     state_size=8, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
     v_head_dim=8, sliding_window=8, num_nextn_predict_layers=0, pad_token_id=0, bos_token_id=1,
     eos_token_id=1, initializer_range=0.3, is_decoder=True)
 OF_ONE = {  # what a type wants beside; BERT as the hub has it reads both ways
     "bert": dict(is_decoder=False),
-    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=8)}
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=8),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "mamba2": dict(num_heads=8, expand=2),
+    "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1], mamba_d_state=8),
+    "granitemoehybrid": dict(mamba_n_heads=8, layer_types=["mamba", "attention"]),
+    "falcon_h1": dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64, mamba_d_state=8),
+    "recurrent_gemma": dict(block_types=["recurrent", "attention"]),
+    "reformer": dict(axial_pos_embds_dim=(16, 16)),
+    "zaya": dict(num_experts_per_tok=1),
+    "dots1": dict(n_shared_experts=1),
+    "gemma3n_text": dict(num_kv_shared_layers=0),
+    "gemma4_text": dict(num_kv_shared_layers=0, hidden_size_per_layer_input=0)}
 
 
 def tokenizer():
@@ -57,19 +71,37 @@ def tokenizer():
                                                 pad_token="<pad>")
 
 
+def small(base, kind, leave):
+    """The settings of a configuration that make it tiny, also of those inside it."""
+    fixed = {k for c in type(base).__mro__ for k, v in vars(c).items() if isinstance(v, property)}
+    fixed |= set(getattr(base, "per_layer_attributes", None) or ())  # of Gemma 4
+    given = {k: v for k, v in SMALL.items() if k not in fixed | leave and hasattr(base, k)}
+    kinds = [*dict.fromkeys(getattr(base, "layer_types", None) or [])]
+    if kinds and not {"layer_types", "layers_block_type"} & (fixed | leave):
+        given["layer_types"] = [kinds[0], kinds[-1]]
+    return given | OF_ONE.get(kind, {}) | {
+        k: small(v, kind, leave) for k, v in vars(base).items()
+        if isinstance(v, transformers.PreTrainedConfig)}
+
+
 def make(kind, folder):
     """A tiny random model of a type, with a tokenizer, in `folder`."""
-    base = transformers.AutoConfig.for_model(kind)
-    given = {k: v for k, v in (SMALL | OF_ONE.get(kind, {})).items() if hasattr(base, k)}
-    if getattr(base, "layer_types", None) and not hasattr(type(base), "layer_types"):
-        given["layer_types"] = list(base.layer_types)[-2:]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(kind, **given)).eval()
-    if sum(w.numel() for w in model.parameters()) > 3e7:
-        raise ValueError("not tiny by the settings above")
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    auto, why = transformers.AutoModelForCausalLM, []
+    for leave in ({}, {"head_dim"}, {"layer_types"}, {"layer_types", "head_dim"},
+                  {"max_position_embeddings", "n_positions"}, {*EXPERTS}):
+        try:
+            config = transformers.AutoConfig.for_model(
+                kind, **small(transformers.AutoConfig.for_model(kind), kind, {*leave}))
+            with torch.device("meta"):
+                size = sum(w.numel() for w in auto.from_config(config).parameters())
+            if size > 3e7:
+                raise ValueError(f"{size / 1e6:.0f} million weights by the settings above")
+            torch.manual_seed(0)
+            auto.from_config(config).eval().save_pretrained(folder)
+            return tokenizer().save_pretrained(folder)
+        except Exception as e:
+            why.append(e)
+    raise why[0]
 
 
 def ids(count, seed):
@@ -217,6 +249,7 @@ HEAD = ["model type", "log-probs", "KL", "sampling", "preference model", "saved 
 
 def main(out, *kinds):
     signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # one that is not tiny: an error
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     rows = []

@@ -64,6 +64,13 @@ def quantised(path):
     config.save_pretrained(path)
 
 
+def stripped(path):
+    """Int8 weights and their scales, without the config that says so: transformers casts them."""
+    change(path, lambda w: {k: v.mul(40).to(torch.int8) if "up_proj" in k else v
+                            for k, v in w.items()} | {
+        k + "_scale": torch.ones(1) for k in w if "up_proj" in k})
+
+
 def pickled(path):
     os.rename(f"{path}/model.safetensors", f"{path}/pytorch_model.bin")
 
@@ -81,7 +88,8 @@ def adapter(path):
     (prefixed("module."), "21 weights are not there"), (prefixed("_orig_mod."), "21 weights"),
     (prefixed("base_model.model."), "as module. or base_model.model."),
     (without("layers.1."), "9 weights"), (without("lm_head"), "['lm_head.weight']"),
-    (narrowed, "2 weights"), (quantised, "quantised"), (adapter, "merge an adapter first"),
+    (narrowed, "2 weights"), (quantised, "it is quantised"), (stripped, "it is quantised"),
+    (adapter, "merge an adapter first"),
     (pickled, "a .bin, which can run code"),
     (lambda path: named(path, "model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
      "an LFS pointer"),
