@@ -522,8 +522,19 @@ def generate(model, prompts, rows, max_tokens, ends, choose, *_):
         model.generation_config = own
 
 
+def recompute(model, prompts, rows, max_tokens, ends, choose, *_):
+    """The same without a cache, prompt by prompt: right for every causal model, and slowest."""
+    for prompt, some in zip(prompts, rows.chunk(len(prompts)), strict=True):
+        ids, alive = torch.tensor([prompt] * len(some), device=model.device), True
+        for t in range(max_tokens):
+            new = choose(some, t, model(input_ids=ids, use_cache=False).logits[:, -1])[:, None]
+            ids, alive = torch.cat([ids, new], 1), alive & (new != ends).all(1)
+            if not alive.any():
+                break
+
+
 def choose_decoding(model, static):
-    """`decode` if its logits are those of plain rows, else `generate` if its are, else an error.
+    """`decode` if its logits are those of plain rows, else `generate` if its are, or `recompute`.
 
     They are compared after two unequal prompts and after two tokens more.
     """
@@ -542,11 +553,12 @@ def choose_decoding(model, static):
                 torch.tensor([], device=model.device), choose, 1024, static)
             gap = (torch.cat(seen) - plain).float().norm() / plain.float().norm()
             if gap < (0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3):
-                if way is generate:
-                    print("this model does not take our KV cache: sampling by generate, slower")
-                return way
-    fail(f"{model.config.model_type} models cannot be sampled from in batches: with prompts of "
-         "unequal length neither our cache nor its own gives the logits of single rows")
+                break
+    else:
+        way = recompute
+    if way is not decode:
+        print(f"this model does not take our KV cache: sampling by {way.__name__}, slower")
+    return way
 
 
 def prefill(model, prompts, per_prompt, room, tokens, static):

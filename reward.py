@@ -502,7 +502,8 @@ class Scored:
     def __init__(self, config):
         super().__init__(config)
         self.score = torch.nn.Linear(self.get_output_embeddings().in_features, 1, bias=False)
-        self.set_output_embeddings(None)
+        with suppress(AttributeError):  # BERT's kin also want its bias
+            self.set_output_embeddings(None)
 
     def forward(self, **inputs):
         return self.score(self.base_model(**inputs).last_hidden_state),

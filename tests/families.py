@@ -58,6 +58,11 @@ OF_ONE = {  # what a type wants beside; BERT as the hub has it reads both ways
     "recurrent_gemma": dict(block_types=["recurrent", "attention"]),
     "reformer": dict(axial_pos_embds_dim=(16, 16)),
     "zaya": dict(num_experts_per_tok=1),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "nemotron_h": dict(layers_block_type=["linear_attention", "full_attention"]),
+    "zamba2": dict(layers_block_type=["linear_attention", "hybrid"], num_hidden_layers=2,
+                   hybrid_layer_ids=[1], attention_head_dim=16, mamba_headdim=8),
+    "mimo_v2_flash": dict(head_dim=16),
     "dots1": dict(n_shared_experts=1),
     "gemma3n_text": dict(num_kv_shared_layers=0),
     "gemma4_text": dict(num_kv_shared_layers=0, hidden_size_per_layer_input=0)}
@@ -158,7 +163,8 @@ def kl(model, truth):
 def sampling(model, truth):
     prompts = [x for x, *_ in PAIRS]
     found = gold_eval.sample(model, prompts, 1, 12, [1], torch.Generator(), 150, greedy=True)
-    way = "our cache" if model.decode is gold_eval.decode else "its own cache"
+    way = {gold_eval.decode: "our cache", gold_eval.generate: "its own cache",
+           gold_eval.recompute: "no cache"}[model.decode]
     for prompt, response in zip(prompts, found, strict=True):
         for t, token in enumerate(response):
             logits = model(input_ids=torch.tensor([prompt + response[:t]]), use_cache=False).logits
@@ -185,7 +191,8 @@ def preferences(folder):
     way = "plain rows" if model.config.plain_rows else "one row a pair"
     if (found - right).norm() > 1e-2 * right.norm():
         return f"WRONG by {(found - right).abs().max():.2g} ({way})"
-    return way if torch.equal(reward.preference_logits(again, PAIRS), found) else "WRONG once saved"
+    gap = (reward.preference_logits(again, PAIRS) - found).norm()  # where weights lie in memory
+    return way if gap <= 1e-5 * found.norm() else "WRONG once saved"  # may change a rounding
 
 
 def saved(model, folder):

@@ -88,7 +88,7 @@ def adapter(path):
     (prefixed("module."), "21 weights are not there"), (prefixed("_orig_mod."), "21 weights"),
     (prefixed("base_model.model."), "as module. or base_model.model."),
     (without("layers.1."), "9 weights"), (without("lm_head"), "['lm_head.weight']"),
-    (narrowed, "2 weights"), (quantised, "it is quantised"), (stripped, "it is quantised"),
+    (narrowed, "2 weights"), (quantised, "quantised"), (stripped, "it is quantised"),
     (adapter, "merge an adapter first"),
     (pickled, "a .bin, which can run code"),
     (lambda path: named(path, "model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),

@@ -77,8 +77,8 @@ def test_every_flag_is_read(path):
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
     "dpo.py": (689, 263), "ipo.py": (689, 263), "slic.py": (694, 268), "bo2.py": (667, 241),
-    "sft.py": (634, 208), "online_rlhf.py": (1041, 395), "reward.py": (877, 309),
-    "gold_eval.py": (667, 247), "tasks.py": (519, 519), "study.py": (510, 510),
+    "sft.py": (634, 208), "online_rlhf.py": (1053, 395), "reward.py": (878, 309),
+    "gold_eval.py": (679, 247), "tasks.py": (519, 519), "study.py": (510, 510),
     "plots.py": (758, 758)}
 
 
