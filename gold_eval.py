@@ -97,6 +97,8 @@ def parse_args(argv=None):
         p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                        default=16384 if DEVICE.type == "cuda" else 1024)
         p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+        p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                       help="of matrix products; weights are fp32 (auto: bf16 where it is faster)")
         p.add_argument("--trust-remote-code", action="store_true",
                        help="run code that --model ships")
     return parser.parse_args(argv)

@@ -329,7 +329,7 @@ def measure(name, args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args.trust_remote_code = args.skip_refused = False
-    args.chat_kwargs = "{}"
+    args.chat_kwargs, args.precision = "{}", "auto"
     with open(os.devnull, "w") as quiet:
         sys.stdout, out = quiet, sys.stdout
         if name == "trl":

@@ -21,7 +21,7 @@ import transformers  # noqa: E402
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 ARGS = SimpleNamespace(trust_remote_code=False, max_prompt_tokens=32, max_response_tokens=40,
-                       chat_kwargs="{}", skip_refused=False)
+                       chat_kwargs="{}", skip_refused=False, precision="fp32")
 SHARED = Path(os.environ.get("PREFERENCE_DATA", ROOT.parent / "shared" / "data"))
 
 

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     p.add_argument("--out", required=True, help="table to write (csv)")
     p.add_argument("--responses", type=int, default=256, help="responses of each source")
     p.set_defaults(max_prompt_tokens=32, max_response_tokens=64, tokens_per_microbatch=8192,
-                   trust_remote_code=False, chat_kwargs="{}", skip_refused=False)
+                   trust_remote_code=False, chat_kwargs="{}", skip_refused=False, precision="fp32")
     return p.parse_args(argv)
 
 

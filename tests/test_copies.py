@@ -67,7 +67,8 @@ def test_every_flag_is_read(path):
     """By the script itself, or by the module that it hands its `args` to."""
     source = path.read_text()
     handed = {"baseline": "gold_eval.py", "trust_remote_code": "reward.py",
-              "chat_kwargs": "reward.py", "skip_refused": "reward.py"}
+              "chat_kwargs": "reward.py", "skip_refused": "reward.py",
+              "precision": "reward.py"}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
             name = node.args[0].value.lstrip("-").replace("-", "_")
@@ -76,9 +77,9 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (689, 263), "ipo.py": (689, 263), "slic.py": (694, 268), "bo2.py": (667, 241),
-    "sft.py": (634, 208), "online_rlhf.py": (1053, 395), "reward.py": (878, 309),
-    "gold_eval.py": (679, 247), "tasks.py": (519, 519), "study.py": (510, 510),
+    "dpo.py": (716, 266), "ipo.py": (716, 266), "slic.py": (721, 271), "bo2.py": (694, 244),
+    "sft.py": (661, 211), "online_rlhf.py": (1080, 398), "reward.py": (906, 312),
+    "gold_eval.py": (681, 249), "tasks.py": (519, 519), "study.py": (510, 510),
     "plots.py": (758, 758)}
 
 
