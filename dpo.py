@@ -477,6 +477,8 @@ def read_pair(tokenizer, turn, sides, limits, seen, row):
                 print(f"after {ours[:at][-12:]!r} what is sampled has {ours[at:][:12]!r}, the "
                       f"template's whole conversation {whole[at:][:12]!r}; see --chat-kwargs")
             seen["differ from the template's whole"] += 1
+        thought = (pair[0] + text).rpartition(answer.rpartition("</think>")[2].strip())[0]
+        seen["stand inside a thought"] += thought.rfind("<think>") > thought.rfind("</think>")
         pair.append(text + tail)
     return pair, end
 
@@ -498,15 +500,19 @@ def chat_text(tokenizer, messages, **options):
 def turn_end(tokenizer):
     """(What the chat template writes after an answer, so much of it as belongs to the response,
     the id that ends it: EOS, else the last special token in it; a pattern of special tokens)."""
-    turns, after, end = [("user", "?"), ("assistant", "answer")], "", tokenizer.eos_token_id
-    with suppress(Exception):  # no template, or one that wants other messages
-        after = chat_text(tokenizer, [{"role": role, "content": text} for role, text in turns])
-        after = after.rpartition("answer")[2]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "forty-two"}]
     special = {i: x.content for i, x in tokenizer.added_tokens_decoder.items() if x.special}
-    found = [i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special]
+    pattern = re.compile("|".join(map(re.escape, special.values())) or "(?!)")
+    after, header, end = "", "", tokenizer.eos_token_id
+    with suppress(Exception):  # no template, or one that wants other messages
+        after = chat_text(tokenizer, turns).rpartition("forty-two")[2]
+        opening = chat_text(tokenizer, turns[:1], add_generation_prompt=True).rpartition("?")[2]
+        header = opening[pattern.search(opening).end():]  # some write it unasked, behind an answer
+    written = after.removesuffix(header) if header.strip() else after
+    found = [i for i in tokenizer(written, add_special_tokens=False).input_ids if i in special]
     end = end if end in found or not found else found[-1]
     tail = "".join(after.partition(special[end])[:2]) if found else ""
-    return after, tail, end, re.compile("|".join(map(re.escape, special.values())) or "(?!)")
+    return after, tail, end, pattern
 
 
 # ---- run folder ----------------------------------------------------------------------------------

@@ -77,8 +77,8 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (716, 266), "ipo.py": (716, 266), "slic.py": (721, 271), "bo2.py": (694, 244),
-    "sft.py": (661, 211), "online_rlhf.py": (1080, 398), "reward.py": (906, 312),
+    "dpo.py": (722, 266), "ipo.py": (722, 266), "slic.py": (727, 271), "bo2.py": (700, 244),
+    "sft.py": (667, 211), "online_rlhf.py": (1086, 398), "reward.py": (912, 312),
     "gold_eval.py": (681, 249), "tasks.py": (519, 519), "study.py": (510, 510),
     "plots.py": (758, 758)}
 

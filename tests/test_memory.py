@@ -111,8 +111,10 @@ def test_a_token_keeps_what_the_formula_says(width, inner, heads, recompute):
 def held_after_a_step(folder):
     """Print the bytes of weights, gradients and moments that this process holds."""
     importlib.reload(dpo)  # it is one of several now
-    args = SimpleNamespace(out=f"{folder}/saved", steps=1, save_every=1)
+    args = SimpleNamespace(out=f"{folder}/saved", steps=1, save_every=1, precision="fp32")
     os.makedirs(args.out, exist_ok=True)
+    with open(f"{args.out}/args.json", "w") as f:
+        f.write("{}")
 
     def main(args):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -147,6 +147,22 @@ def test_where_they_part_is_said_once_a_file(tmp_path, capsys, answer, opening, 
     assert len(out.splitlines()[0]) < 200
 
 
+def test_an_answer_within_a_thought_is_counted(tmp_path, capsys):
+    """As Nemotron Nano v2: prompt and whole both open a thought, so that they do not differ."""
+    opened = template("<|bot|><think>\n{{ m['content'] }}<|end|>", "<think>\n")
+    assert texts(tmp_path, byte_tokenizer(opened), pair(USER, "2.", "3."))[0][1] == "2.<|end|>"
+    assert "2 stand inside a thought" in capsys.readouterr().out
+    texts(tmp_path, byte_tokenizer(opened), pair(USER, "1+1</think>2.", "</think>3."))
+    assert "inside a thought" not in capsys.readouterr().out
+
+
+def test_a_header_that_is_written_unasked_is_no_end(tmp_path):
+    """As some of Command A's, on a tokenizer with another EOS."""
+    always = HEAD + "{{ m['content'] }}<|end|>\n{% endif %}{% endfor %}<|bot|>assistant\n"
+    assert dpo.turn_end(byte_tokenizer(always))[1:3] == ("<|end|>", byte_tokenizer(
+        always).convert_tokens_to_ids("<|end|>"))
+
+
 def test_a_prompt_that_has_more_than_the_whole_is_kept(tmp_path, capsys):
     """As Gemma 4: an empty thought in the generation prompt alone."""
     tok = byte_tokenizer(template(opening="<|final|>"))
