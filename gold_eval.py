@@ -68,7 +68,7 @@ from reward import (
 )
 
 KL_PROMPTS = 256  # prompts for the KL, pairs for each accuracy (appendices D and E)
-LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 23)  # in fp32 256 MB; on CPU 32 MB
+LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 24)  # in fp32 256 MB; on CPU 64 MB
 
 
 def parse_args(argv=None):
@@ -408,22 +408,31 @@ def batch_logps(model, logps_of, pairs, tokens):
     return pooled(logps)
 
 
-def skip_padding(module, query, key, value, attention_mask, **kwargs):
+def skip_padding(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attention of one new token a row on CPU: in parts of the batch, each without its own padding.
 
     Decoding waits for keys and values to come from memory: what is not read costs nothing. Rows are
-    left-padded and in order of length, so that the first part has most to leave out.
+    left-padded and in order of length, so that the first part has most to leave out. Heads that
+    share keys and values read them together: the library's way copies them for each.
     """
-    mask = attention_mask
-    small = len(query) * key.shape[2] < 1 << 12  # nothing to gain
-    if small or query.shape[2] > 1 or query.is_cuda or mask is None or mask.dtype != torch.bool:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    mask, heads = attention_mask, query.shape[1] // key.shape[1]  # that share keys and values
+    usual = partial(sdpa_attention_forward, module, scaling=scaling, **kwargs)
+    small = heads == 1 and (len(query) * key.shape[2] < 1 << 12 or mask is None)  # nothing to gain
+    if small or query.is_cuda or query.shape[2] > 1 or (
+            mask is not None and mask.dtype != torch.bool):
+        return usual(query, key, value, mask)
+    mask = torch.ones_like(key[:, :1, None, :, 0], dtype=torch.bool) if mask is None else mask
     size, parts = max(16, -(-len(query) // 4)), []
     for row in range(0, len(query), size):
         at = slice(row, row + size)
         slots = slice(int(mask[at, 0, 0].any(0).byte().argmax()), None)  # from the first real one
-        parts.append(sdpa_attention_forward(module, query[at], key[at, :, slots],
-                                            value[at, :, slots], mask[at, ..., slots], **kwargs)[0])
+        q, k, v, real = query[at], key[at, :, slots], value[at, :, slots], mask[at, ..., slots]
+        if heads == 1:
+            parts.append(usual(q, k, v, real)[0])
+        else:
+            scores = q.unflatten(1, (-1, heads)).squeeze(3) @ k.mT  # (rows, -, heads, slots)
+            scores = (scores * (scaling or q.shape[-1] ** -0.5)).masked_fill(~real, -torch.inf)
+            parts.append((scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, None])
     return torch.cat(parts), None
 
 
@@ -541,23 +550,25 @@ def choose_decoding(model, static):
     They are compared after two unequal prompts and after two tokens more.
     """
     prompts, more, seen = [[2, 1], [1, 2, 2, 1, 2]], [1, 2, 0], []
-    plain = torch.cat([model(input_ids=torch.tensor([x + more[:t]], device=model.device),
-                             use_cache=False).logits[:, -1] for t in range(3) for x in prompts])
+    fp32 = all(weight.dtype == torch.float32 for weight in model.parameters())
 
     def choose(rows, t, logits):
-        seen.append(logits.clone())
+        seen.append(logits.float().clone())
         return torch.full_like(rows, more[t])
 
-    for way in (decode, generate):
-        seen.clear()
-        with suppress(Exception):
-            way(model, prompts, torch.arange(2, device=model.device), 3,
-                torch.tensor([], device=model.device), choose, 1024, static)
-            gap = (torch.cat(seen) - plain).float().norm() / plain.float().norm()
-            if gap < (0.05 if torch.is_autocast_enabled(model.device.type) else 1e-3):
-                break
-    else:
-        way = recompute
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=not fp32):
+        plain = torch.cat([model(input_ids=torch.tensor([x + more[:t]], device=model.device),
+                                 use_cache=False).logits[:, -1] for t in range(3) for x in prompts])
+        for way in (decode, generate):
+            seen.clear()
+            with suppress(Exception):
+                way(model, prompts, torch.arange(2, device=model.device), 3,
+                    torch.tensor([], device=model.device), choose, 1024, static)
+                gap = (torch.cat(seen) - plain).norm() / plain.float().norm()
+                if gap < (1e-3 if fp32 else 0.3):  # bf16 alone may lose a tenth
+                    break
+        else:
+            way = recompute
     if way is not decode:
         print(f"this model does not take our KV cache: sampling by {way.__name__}, slower")
     return way
