@@ -4,7 +4,8 @@
     python study.py --scale toy --jobs 2          # every figure, three seeds: hours on two cores
     python study.py --scale toy --only fig4       # one figure and what it needs
     python study.py --scale hard --jobs 2         # the main ones, of people whose taste is hard
-    python study.py --scale gpu                   # the main claim on a real task: a night, one GPU
+    python study.py --scale smol                  # the main claim on a real model: minutes, one GPU
+    python study.py --scale gpu                   # the same on 0.5B and a real task: a night
     python study.py --scale paper --list          # the commands, in order, on real data and models
     python study.py --scale paper --list 3        # of these the third wave: all can run at once
 
@@ -117,6 +118,16 @@ SCALES = {
         proxy=dict(steps=1500, batch_size=32, lr=1e-5, warmup=100),
         train=dict(batch_size=32), steps=800, long=800,
         lr=3e-6, lrs=[3e-6], beta=0.1, betas=[0.1, 0.5]),
+    "smol": dict(  # a real model, in seven minutes on one GPU by estimate: no run of it was made
+        tasks=["helpful"], seeds=[0], sizes={"": {}}, pairs=2_000, prompts=256, windows=[],
+        every=[], policy=["HuggingFaceTB/SmolLM2-135M-Instruct"],
+        golden="HuggingFaceTB/SmolLM2-135M-Instruct", figures=["fig1"], evaluations=2,
+        lengths=dict(max_prompt_tokens=128, max_response_tokens=64),
+        sft=dict(steps=100, batch_size=32, lr=1e-5, warmup=10),
+        gold=dict(kind="pointwise", steps=200, batch_size=32, lr=3e-5, warmup=20, eval_every=100),
+        proxy=dict(kind="pointwise", steps=150, batch_size=32, lr=3e-5, warmup=20, eval_every=75),
+        train=dict(batch_size=32, warmup=10), steps=100, long=200, golden_steps=50,
+        lr=1e-5, lrs=[1e-5], beta=0.1, betas=[0.1, 0.5]),
     "paper": dict(  # its hyper-parameters (section 4, appendix A); models are flags
         policy=["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B"],
         golden="Qwen/Qwen2.5-7B", tasks=["tldr", "helpful", "harmless", "arena"], seeds=[0],
@@ -143,9 +154,9 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="another draw of everything")
     p.add_argument("--list", type=int, nargs="?", const=0, metavar="WAVE",
                    help="print the commands, or those of one wave, and run nothing")
-    p.add_argument("--policy", nargs="+", metavar="MODEL", help="gpu, paper: policies by size "
-                   "(default: Qwen/Qwen2.5-0.5B, paper: also -1.5B and -3B)")
-    p.add_argument("--golden", metavar="MODEL", help="gpu, paper: backbone of the golden model, of "
+    p.add_argument("--policy", nargs="+", metavar="MODEL", help="all but toy: policies by size "
+                   "(default: Qwen/Qwen2.5-0.5B, paper: also -1.5B and -3B, smol: SmolLM2-135M)")
+    p.add_argument("--golden", metavar="MODEL", help="the same: backbone of the golden model, of "
                    "the policies' tokenizer (default: Qwen/Qwen2.5-1.5B, paper: -7B)")
     p.add_argument("--steps", type=int, help=argparse.SUPPRESS)  # a rehearsal: few and small ones
     return p.parse_args(argv)

@@ -37,6 +37,7 @@ import gold_eval
 import ipo
 import online_rlhf
 import reward
+import sft
 import slic
 
 MEASURES = ["sft", "reward", "dpo", "plain", "ipo", "slic", "trl", "online", "sample", "generate",
@@ -60,6 +61,8 @@ def parse_args(argv=None):
     p.add_argument("--new-tokens", type=int, default=64, help="sampled tokens a row")
     p.add_argument("--max-prompt-tokens", type=int, default=448, help="the left is cut")
     p.add_argument("--max-response-tokens", type=int, default=512, help="the right is cut")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="of matrix products, ours and generate's")
     p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
                    default=16384 if torch.cuda.is_available() else 1024)
     return p.parse_args(argv)
@@ -291,7 +294,7 @@ def generate(args, policy, tokenizer, pairs, varied):
                         device=policy.device)
     if varied:
         end_at_random(policy, eos)
-    if policy.device.type == "cuda":
+    if args.precision == "bf16":
         policy.bfloat16()
     gold_eval.AttentionInterface.register("sdpa", gold_eval.sdpa_attention_forward)  # its own
 
@@ -329,7 +332,7 @@ def measure(name, args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args.trust_remote_code = args.skip_refused = False
-    args.chat_kwargs, args.precision = "{}", "auto"
+    args.chat_kwargs = "{}"
     with open(os.devnull, "w") as quiet:
         sys.stdout, out = quiet, sys.stdout
         if name == "trl":
@@ -337,6 +340,8 @@ def measure(name, args):
         else:
             policy, tokenizer = dpo.load_model(transformers.AutoModelForCausalLM, args.model, args)
             policy.to(dpo.DEVICE)
+            for module in (ipo, online_rlhf, reward, sft, slic):
+                module.autocast.keywords["enabled"] = args.precision == "bf16"
             pairs = dpo.load_pairs(args.data, tokenizer, args)
             if name == "online":
                 found = online_step(args, policy, pairs)

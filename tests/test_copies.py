@@ -77,9 +77,9 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (722, 266), "ipo.py": (722, 266), "slic.py": (727, 271), "bo2.py": (700, 244),
-    "sft.py": (667, 211), "online_rlhf.py": (1086, 398), "reward.py": (912, 312),
-    "gold_eval.py": (681, 249), "tasks.py": (519, 519), "study.py": (510, 510),
+    "dpo.py": (745, 268), "ipo.py": (745, 268), "slic.py": (750, 273), "bo2.py": (723, 246),
+    "sft.py": (690, 213), "online_rlhf.py": (1106, 398), "reward.py": (935, 314),
+    "gold_eval.py": (702, 249), "tasks.py": (519, 519), "study.py": (521, 521),
     "plots.py": (758, 758)}
 
 

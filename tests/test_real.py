@@ -129,6 +129,7 @@ def test_slots_hold_what_attention_reads(monkeypatch):
     """Under autocast keys are kept in its dtype, not in the fp32 that RoPE gives; same samples."""
     model, prompts, drawn, prefill = tiny(), [[3, 4, 5], [6]] * 8, [], gold_eval.prefill
     dtypes = set()
+    gold_eval.sample(model, prompts, 1, 1, [1], torch.Generator())  # the cache is tried, in fp32
 
     def watched(*args, dtype):
         cache, *rest = prefill(*args)

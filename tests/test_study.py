@@ -31,7 +31,7 @@ def test_every_figure_has_its_runs_and_every_command_its_inputs(scale):
                     "validation", "eval_data", "file", "other"):
             value = args.get(key)
             for path in value if isinstance(value, list) else [value]:
-                if isinstance(path, str) and not path.startswith("Qwen/"):
+                if isinstance(path, str) and not path.startswith(("Qwen/", "HuggingFaceTB/")):
                     folder = path.removesuffix("/stream.jsonl")
                     base = path.endswith(("/base", "/validation.jsonl")) and any(
                         m.startswith(path.rsplit("/", 1)[0] + "/") for m in made)
