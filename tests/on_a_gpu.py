@@ -59,7 +59,8 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     tasks, bench, study = (f"{ROOT}/{x}.py" for x in ("tasks", "tests/bench", "study"))
     pairs, data = Path(args.pairs).resolve(), f"{out}/data/smol"
-    step(out, "pairs", 60, tasks, "helpful", "--file", pairs, "--text", "--out", data)
+    step(out, "pairs", 60, tasks, "helpful", "--file", pairs, "--text", "--out", data,
+         *(["--pairs", 40] if args.rehearse else []))
     short = ["--steps", 1, "--batch-size", 2, "--prompts", 2, "--new-tokens", 4,
              "--max-prompt-tokens", 64, "--max-response-tokens", 16] if args.rehearse else []
     if args.part == "four":

@@ -138,6 +138,7 @@ def test_slots_hold_what_attention_reads(monkeypatch):
             layer.slots = [x.to(dtype) for x in layer.slots]
         return cache, *rest
 
+    monkeypatch.setattr(gold_eval, "attend", gold_eval.sdpa_attention_forward)  # casts as it reads
     for dtype in (torch.bfloat16, torch.float32):  # as they are; as if they were to hold it all
         monkeypatch.setattr(gold_eval, "prefill", partial(watched, dtype=dtype))
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,6 +1,7 @@
 """The sampler: greedy equals transformers' generate; its distribution is the model's own."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,3 +256,42 @@ def test_a_cache_that_is_wrong_is_not_used(monkeypatch, capsys):
         model, PROMPTS, 2, 12, 1)
     assert model.decode is gold_eval.recompute
     assert "sampling by recompute, slower" in capsys.readouterr().out
+
+
+# ---- attention as plain products, in bf16 on a CPU -----------------------------------------------
+
+
+@pytest.mark.parametrize("heads, shared, length, slots", [
+    (4, 4, 7, 7), (4, 2, 7, 7), (6, 1, 7, 7), (4, 2, 1, 9), (8, 4, 5, 12)])
+def test_attention_as_products(heads, shared, length, slots):
+    """Against fp64 for heads that share keys or not, and with gradients; a query that sees nothing
+    (of padding) gives no NaN; a long row, a mask of numbers and fp32 go the library's way."""
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, h, n, 16, generator=g).bfloat16().requires_grad_()
+                         for h, n in ((heads, length), (shared, slots), (shared, slots)))
+    mask = torch.rand(3, 1, length, slots, generator=g) < 0.7
+    mask[..., 0] = True
+    module = SimpleNamespace(num_key_value_groups=heads // shared, is_causal=True, training=False)
+    found, _ = gold_eval.attend(module, query, key, value, mask)
+    q, k, v = (x.detach().double().requires_grad_() for x in (query, key, value))
+    k_all, v_all = (x.repeat_interleave(heads // shared, 1) for x in (k, v))
+    scores = (q @ k_all.mT / 4).masked_fill(~mask, -torch.inf)
+    right = (scores.softmax(-1) @ v_all).transpose(1, 2)
+    assert found.shape == right.shape and (found - right).abs().max() < 0.03
+    for x, y in zip(torch.autograd.grad(found.float().square().sum(), (query, key, value)),
+                    torch.autograd.grad(right.square().sum(), (q, k, v)), strict=True):
+        assert (x - y).norm() < 0.02 * y.norm()
+    mask[1, :, 0] = False
+    assert gold_eval.attend(module, query, key, value, mask)[0].isfinite().all()
+    usual = gold_eval.sdpa_attention_forward
+    for more in ((query.float(), key.float(), value.float(), mask),
+                 (query, key, value, torch.zeros_like(mask, dtype=torch.bfloat16))):
+        assert torch.equal(gold_eval.attend(module, *more)[0], usual(module, *more)[0])
+
+
+def test_long_rows_keep_no_scores(monkeypatch):
+    called = []
+    monkeypatch.setattr(gold_eval, "sdpa_attention_forward", lambda *args, **_: called.append(1))
+    x = torch.ones(1, 1, 1281, 2, dtype=torch.bfloat16)
+    gold_eval.attend(None, x, x, x, torch.ones(1, 1, 1281, 1281, dtype=torch.bool))
+    assert called
