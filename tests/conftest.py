@@ -112,6 +112,18 @@ def keep_signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def fused():
+    """Attention by torch's fused kernel, as on CUDA, whatever the scripts have registered."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    transformers.AttentionInterface.register("sdpa", sdpa_attention_forward)
+    yield
+    transformers.AttentionInterface.register("sdpa", ours)
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A small toy pipeline: data, sft, gold (pointwise), proxy (pairwise), baseline."""

@@ -125,7 +125,7 @@ def test_frozen_models_are_halved_to_the_same_bits(monkeypatch):
     assert before.abs().min() > 0 and torch.equal(reward.prefer(halved, pairs), before)
 
 
-def test_slots_hold_what_attention_reads(monkeypatch):
+def test_slots_hold_what_attention_reads(monkeypatch, fused):
     """Under autocast keys are kept in its dtype, not in the fp32 that RoPE gives; same samples."""
     model, prompts, drawn, prefill = tiny(), [[3, 4, 5], [6]] * 8, [], gold_eval.prefill
     dtypes = set()
@@ -138,7 +138,6 @@ def test_slots_hold_what_attention_reads(monkeypatch):
             layer.slots = [x.to(dtype) for x in layer.slots]
         return cache, *rest
 
-    monkeypatch.setattr(gold_eval, "attend", gold_eval.sdpa_attention_forward)  # casts as it reads
     for dtype in (torch.bfloat16, torch.float32):  # as they are; as if they were to hold it all
         monkeypatch.setattr(gold_eval, "prefill", partial(watched, dtype=dtype))
         with torch.autocast("cpu", torch.bfloat16):
