@@ -45,12 +45,12 @@ from transformers import (
     LogitsProcessorList,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from reward import (
     DEVICE,
     RANK,
     RANKS,
+    attend,
     autocast,
     fail,
     guard,
@@ -406,24 +406,6 @@ def batch_logps(model, logps_of, pairs, tokens):
         if group or hasattr(model, "logps"):  # see `shard`: all processes must run it
             logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
     return pooled(logps)
-
-
-def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention in bf16 on a CPU, as plain products: half the time of the fused kernel there.
-
-    The scores of a row, T x T a head, are kept for the backward pass: not of rows that are long.
-    """
-    mask, (rows, heads, length, width) = attention_mask, query.shape
-    plain = value.dtype == torch.bfloat16 and not value.is_cuda and length <= 1280
-    if not plain or mask is None or mask.dtype != torch.bool:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    with torch.autocast("cpu", enabled=False):
-        q, k = (x.to(value.dtype) for x in (query, key))  # rotary positions made them fp32
-        q = q.reshape(rows, key.shape[1], -1, width)  # of heads that share keys and values
-        scores = (q @ k.mT * (scaling or width ** -0.5)).view(rows, heads, length, -1)
-        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-        found = weights.view(*q.shape[:3], -1) @ value
-    return found.view(query.shape).transpose(1, 2), None
 
 
 def skip_padding(module, query, key, value, attention_mask, **kwargs):

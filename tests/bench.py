@@ -296,7 +296,7 @@ def generate(args, policy, tokenizer, pairs, varied):
         end_at_random(policy, eos)
     if args.precision == "bf16":
         policy.bfloat16()
-    gold_eval.AttentionInterface.register("sdpa", gold_eval.sdpa_attention_forward)  # its own
+    gold_eval.AttentionInterface.register("sdpa", reward.sdpa_attention_forward)  # its own
 
     def draw(i):
         torch.manual_seed(i)

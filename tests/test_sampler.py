@@ -8,6 +8,7 @@ import torch
 from conftest import tiny
 
 import gold_eval
+import reward
 from gold_eval import sample
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17], [18] * 9, [19]]
@@ -134,13 +135,13 @@ def test_attention_without_padding_is_attention(monkeypatch, heads):
     mask = (torch.arange(130) >= 130 - lengths[:, None])[:, None, None]
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 4 // heads, True
-    whole = gold_eval.sdpa_attention_forward(module, query, key, value, mask)[0]
+    whole = reward.sdpa_attention_forward(module, query, key, value, mask)[0]
 
     def watched(module, query, key, *rest, **kwargs):
         cut.append((len(query), key.shape[2]))
         return attend(module, query, key, *rest, **kwargs)
-    attend = gold_eval.sdpa_attention_forward
-    monkeypatch.setattr(gold_eval, "sdpa_attention_forward", watched)
+    attend = reward.sdpa_attention_forward
+    monkeypatch.setattr(reward, "sdpa_attention_forward", watched)
     parts = gold_eval.skip_padding(module, query, key, value, mask)[0]
     assert cut == [(16, 48), (16, 96), (8, 120)]
     assert torch.allclose(parts, whole, atol=1e-6)
@@ -283,7 +284,7 @@ def test_attention_as_products(heads, shared, length, slots):
         assert (x - y).norm() < 0.02 * y.norm()
     mask[1, :, 0] = False
     assert gold_eval.attend(module, query, key, value, mask)[0].isfinite().all()
-    usual = gold_eval.sdpa_attention_forward
+    usual = reward.sdpa_attention_forward
     for more in ((query.float(), key.float(), value.float(), mask),
                  (query, key, value, torch.zeros_like(mask, dtype=torch.bfloat16))):
         assert torch.equal(gold_eval.attend(module, *more)[0], usual(module, *more)[0])
@@ -291,7 +292,7 @@ def test_attention_as_products(heads, shared, length, slots):
 
 def test_long_rows_keep_no_scores(monkeypatch):
     called = []
-    monkeypatch.setattr(gold_eval, "sdpa_attention_forward", lambda *args, **_: called.append(1))
+    monkeypatch.setattr(reward, "sdpa_attention_forward", lambda *args, **_: called.append(1))
     x = torch.ones(1, 1, 1281, 2, dtype=torch.bfloat16)
     gold_eval.attend(None, x, x, x, torch.ones(1, 1, 1281, 1281, dtype=torch.bool))
     assert called
