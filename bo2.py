@@ -538,7 +538,8 @@ def open_run(args):
     else:
         started, = read_jsonl(f"{args.out}/args.json")
         if args.precision == "auto":  # as it was decided then
-            args.precision = given["precision"] = started.get("precision")
+            given["precision"] = started.get("precision")
+            args.precision = given["precision"] or "auto"
         free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
         changed = [f"{k} ({started.get(k)}, now {v})" for k, v in given.items()
                    if k not in free and started.get(k) != v]
@@ -574,8 +575,8 @@ def training_steps(args, model, optimizer, evaluate=None, **kept):
                     tensor.copy_(found)
         except (SafetensorError, RuntimeError, AttributeError) as e:
             fail(f"{path} is damaged or of another model ({e}); remove {args.out} to start over")
-    if RANK == 0 and not saved["done"]:  # by now `auto` is decided
-        started, = read_jsonl(f"{args.out}/args.json")
+    started, = read_jsonl(f"{args.out}/args.json")
+    if RANK == 0 and started.get("precision") != args.precision:  # `auto` is decided by now
         with open(f"{args.out}/args.json", "w") as f:
             json.dump(started | {"precision": args.precision}, f)
     logs = {name: f"{args.out}/{name}.jsonl" for name in ("metrics", "samples", "stream")}

@@ -156,8 +156,8 @@ def parse_args(argv=None):
                    help="print the commands, or those of one wave, and run nothing")
     p.add_argument("--policy", nargs="+", metavar="MODEL", help="all but toy: policies by size "
                    "(default: Qwen/Qwen2.5-0.5B, paper: also -1.5B and -3B, smol: SmolLM2-135M)")
-    p.add_argument("--golden", metavar="MODEL", help="the same: backbone of the golden model, of "
-                   "the policies' tokenizer (default: Qwen/Qwen2.5-1.5B, paper: -7B)")
+    p.add_argument("--golden", metavar="MODEL", help="the golden model's backbone, of "
+                   "the policies' tokenizer (default: Qwen/Qwen2.5-1.5B, paper: -7B, smol: theirs)")
     p.add_argument("--steps", type=int, help=argparse.SUPPRESS)  # a rehearsal: few and small ones
     return p.parse_args(argv)
 

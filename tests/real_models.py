@@ -119,7 +119,7 @@ def main(name, path, out):
     for check, work in {
             "load_model": lambda: [model(ids[:, :n], use_cache=False) for n in (8, 4)],
             "choose_logps": lambda: dpo.choose_logps(model, pairs, limits(128, 48)),
-            "takes_our_cache": lambda: online_rlhf.takes_our_cache(model, False)}.items():
+            "choose_decoding": lambda: online_rlhf.choose_decoding(model, False)}.items():
         print(f"cost   {check}: {(s := timeit(work, number=1)):.2f} s, {s / step:.0%} of one step")
     print(f"{name}: {time.time() - began:.0f} s; broken: {', '.join(broken) or 'nothing'}")
 
