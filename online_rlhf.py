@@ -26,6 +26,7 @@ import gzip
 import inspect
 import json
 import os
+import random
 import re
 import signal
 import sys
@@ -343,6 +344,12 @@ def sample_pairs(args, policy, labeller, prompts, ends, noise, known):
             for (x, a, b), margin in zip(pairs, margins, strict=True)]
 
 
+def noise_of(seed, step):
+    """The generator of a step's sampling: no two of (seed, step) share their noise, nor does
+    an evaluation; 32 bits, since torch's CPU generator drops all higher ones of a seed."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(32))
+
+
 def main(args):
     open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
@@ -370,7 +377,7 @@ def main(args):
         if (step - 1) % args.refresh_every == 0:  # sample and label the batches of so many steps
             steps = range(step, min(step + args.refresh_every, args.steps + 1))
             prompts = [data[i][0] for s in steps for i in batches[s - 1]]
-            noise = [torch.Generator().manual_seed((args.seed + 1 << 32) + s - 1) for s in steps]
+            noise = [noise_of(args.seed, s) for s in steps]
             sampled = sample_pairs(args, refresh(actor, policy), labeller, prompts, ends, noise,
                                    tokenizer.known)
             waiting = [{"step": step + i // len(rows), **row} for i, row in enumerate(sampled)]

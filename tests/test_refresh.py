@@ -30,7 +30,7 @@ def test_a_window_is_sampled_from_the_policy_before_it(toy, tmp_path):
         rows = [row for row in rows_of(f"{all_}/stream.jsonl") if row["step"] == step + 1]
         drawn = online_rlhf.sample(
             policy, [row["prompt_ids"] for row in rows], 2, ARGS.max_response_tokens, ends,
-            torch.Generator().manual_seed((1 << 32) + step), len(tokenizer))
+            online_rlhf.noise_of(0, step + 1), len(tokenizer))
         for row, first, second in zip(rows, drawn[::2], drawn[1::2], strict=True):
             assert sorted([row["chosen_ids"], row["rejected_ids"]]) == sorted([first, second])
 
