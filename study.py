@@ -77,6 +77,8 @@ def figures(scale):
         "fig12": fig5 + each([{"pairs": "sft-vs-early"}, {"pairs": "early-vs-final"}],
                              seeds, betas),
         "losses": each(seeds, others, [online, *lrs]),
+        "sweep": each(seeds, betas, lrs, [online, long]),  # of both sides, to choose rates from
+        "worlds": each(seeds, betas, [online, shuffled, long]),
         "fig10": fig10, "fig11": fig10, "fig14": fig10}
 
 
@@ -140,6 +142,13 @@ SCALES = {
         proxy=dict(steps=20_000, batch_size=32, lr=1e-4, warmup=1000),
         train=dict(batch_size=32), steps=4000, long=20_000, every=[4, 20, 100, 500],
         lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500])}
+# Everything drawn anew in each world, in the sizes of the demo. World 0 alone has the sweep of both
+# sides, from which the rates of the others were fixed before they were run: results/worlds.md
+SCALES["worlds"] = SCALES["demo"] | dict(
+    worlds=range(1, 11), figures=["worlds"], betas=[0.02, 0.03, 0.05, 0.1, 0.2], long=800,
+    evaluations=None)
+SCALES["pilot"] = SCALES["worlds"] | dict(
+    worlds=[0], figures=["sweep"], lrs=[1e-4, 3e-4, 1e-3])
 EXPERIMENTS = list(figures(TOY))
 
 
@@ -162,8 +171,11 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def scale_of(args):
-    """The settings of args.scale, by the flags: with --steps few steps of two rows, a rehearsal."""
+def scale_of(args, world=None):
+    """The settings of args.scale, by the flags: with --steps few steps of two rows, a rehearsal.
+
+    A world is a draw of everything, data included, in a folder of its own.
+    """
     scale = SCALES[args.scale]
     if args.steps:
         short = {kind: scale[kind] | dict(steps=args.steps, batch_size=2)
@@ -172,10 +184,11 @@ def scale_of(args):
             seeds=[0], betas=[scale["beta"]], steps=args.steps, long=args.steps, prompts=4,
             evaluations=1, train=scale["train"] | dict(batch_size=2))
     name = args.scale + (f"-s{args.seed}" if args.seed else "")
+    name, seed = (name, args.seed) if world is None else (f"{name}/{world}", args.seed + world)
     folders = {task: f"{name}/{task}" if len(scale["tasks"]) > 1 else name
                for task in scale["tasks"]}  # in data/ and runs/
     return scale | dict(
-        name=name, folders=folders, seed=args.seed, seeds=[args.seed + x for x in scale["seeds"]],
+        name=name, folders=folders, seed=seed, seeds=[seed + x for x in scale["seeds"]],
         policy=args.policy or scale.get("policy"), golden=args.golden or scale.get("golden"))
 
 
@@ -258,6 +271,7 @@ class Study:
         strength = f"-b{beta}" if beta else ""
         if online:
             labeller = self.proxy(*proxy)
+            strength += f"-lr{lr}" * (lr != s["lr"])
             flags = dict(loss=loss, lr=lr, labeller=labeller, prompts=self.d_golden,
                          refresh_every=every if every > 1 else None)
             name = f"online-{loss}{strength}" + labeller.removeprefix(f"{self.runs}/proxy")
@@ -269,7 +283,7 @@ class Study:
             flags = dict(lr=lr, data=data, shuffle_window=window)
             name = (f"{loss}-{pairs}" if pairs else loss) + f"{strength}-lr{lr}"
         steps = steps or s["steps"]
-        often = s.get("evaluations", 16 if steps > s["steps"] else 8)
+        often = s.get("evaluations") or (16 if steps > s["steps"] else 8)
         return self.add("online_rlhf.py" if online else f"{loss}.py", model=self.sft(size),
                         out=f"{self.runs}/{name}{size}-s{seed}", seed=seed, steps=steps, **flags,
                         beta=beta, eval_data=self.d_golden, gold=self.gold, baseline=self.baseline,
@@ -296,17 +310,20 @@ class Study:
 
 def experiments(args):
     """({path: its command}, in dependency order; {(task, figure): what it draws})."""
-    scale, stages, drawn = scale_of(args), {}, {}
-    chosen = args.only or scale.get("figures", [name for name in EXPERIMENTS if name != "main"])
-    for task in scale["tasks"]:
-        study, runs = Study(scale, task, stages), figures(scale)
-        for figure in chosen:
-            if figure == "main" and task == "toy":  # is the golden model right, by sure people?
-                study.add("reward.py", "label", model=study.gold,
-                          data=f"{study.data}/validation.jsonl",
-                          out=f"{study.data}/golden-validation.jsonl")
-            make = study.classify if figure == "fig6" else study.train
-            drawn[task, figure] = [make(**settings) for settings in runs[figure]]
+    stages, drawn = {}, {}
+    for world in SCALES[args.scale].get("worlds", [None]):
+        scale = scale_of(args, world)
+        chosen = args.only or scale.get("figures", [n for n in EXPERIMENTS if n != "main"])
+        for task in scale["tasks"]:
+            study, runs = Study(scale, task, stages), figures(scale)
+            for figure in chosen:
+                if figure == "main" and task == "toy":  # is the golden model right, by sure people?
+                    study.add("reward.py", "label", model=study.gold,
+                              data=f"{study.data}/validation.jsonl",
+                              out=f"{study.data}/golden-validation.jsonl")
+                make = study.classify if figure == "fig6" else study.train
+                drawn.setdefault((task, figure), []).extend(
+                    make(**settings) for settings in runs[figure])
     return stages, drawn
 
 
