@@ -119,18 +119,28 @@ def best_within(runs, kl):
 T_975 = (np.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student, 97.5%
 
 
-def interval(values):
-    """(mean, low, high), each (...), of held-out values (seeds, ...): 95% over training seeds.
+def student(n):
+    """97.5% quantile of Student's t of n - 1 degrees of freedom: a table, then Fisher's series."""
+    if n <= len(T_975):
+        return T_975[n - 1]
+    z, v = 1.959964, n - 1
+    return (z + (z ** 3 + z) / (4 * v) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * v ** 2)
+            + (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / (384 * v ** 3))
 
-    Student's t of as few seeds as there are. Their values are not independent, since the settings
-    of each were chosen on the others, so that the variance of the mean is not s^2 / n but
+
+def interval(values, chosen=True):
+    """(mean, low, high), each (...), of values (seeds, ...): 95% over training seeds, or worlds.
+
+    Student's t of as few seeds as there are. Where the settings of each were `chosen` on the
+    others the values are not independent: the variance of the mean is not s^2 / n but
     s^2 (1 / n + 1 / (n - 1)) (Nadeau and Bengio 2003, with one part of n held out). What was not
-    drawn again is not in it: golden model, data, prompts, and, but in figure proxies, the proxy.
+    drawn again is not in it: in all but figure worlds golden model, data, prompts, and, but in
+    figure proxies, the proxy.
     """
     n = len(values)
-    t = T_975[n - 1] if n <= len(T_975) else 1.96
     with np.errstate(all="ignore"):  # of one seed: NaN
-        half = t * values.std(0, ddof=min(1, n - 1)) * (1 / n + 1 / max(n - 1, 1)) ** 0.5
+        half = student(n) * values.std(0, ddof=min(1, n - 1)) * (
+            1 / n + chosen / max(n - 1, 1)) ** 0.5
     return values.mean(0), values.mean(0) - half, values.mean(0) + half
 
 
@@ -179,6 +189,46 @@ def matched_gap(online, other, kls):
     for (kl, some), over in zip(where.items(), ends, strict=True):
         one, two = lines[:, :, some].mean(2)
         found[kl] = Gap(one.mean(), two.mean(), *interval(one - two), *over)
+    return found
+
+
+WORLD_KLS, NEAR = (1, 2, 3, 5, 8, 13), 1.25  # where worlds are compared, and how near is near
+
+
+def nearest(runs, measure="gold/win_rate"):
+    """(KL, value) of each world's checkpoint nearest to each of WORLD_KLS, (worlds, 6) each.
+
+    Nearest in log KL, over all runs of the side; NaN where that is not within a factor of NEAR.
+    Nothing is chosen by what it is judged by, and nothing is mixed.
+    """
+    found = []
+    for one in grouped(runs, "seed").values():
+        kl, value = columns(one, "gold/kl", measure)
+        off = np.abs(np.log(np.maximum(kl, 1e-9)) - np.log(WORLD_KLS)[:, None])
+        at = off.argmin(1)
+        far = off.min(1) > np.log(NEAR)
+        found.append([np.where(far, np.nan, kl[at]), np.where(far, np.nan, value[at])])
+    return np.array(found).swapaxes(0, 1)
+
+
+def world_gaps(online, other, measure="gold/win_rate"):
+    """`online` minus `other` at equal KL, of worlds in which everything was drawn anew.
+
+    Returns {(kind, KL): gaps (worlds,)}, without the worlds where a side has no policy there. Kind
+    "single" is by `nearest`, "frontier" by `frontiers`, whose settings are those of the other
+    worlds. KL "mean" is a world's mean over the KLs that it has; ("single", "mean") is the primary
+    number, all others describe it.
+    """
+    worlds = sorted({r["seed"] for r in online} & {r["seed"] for r in other})
+    sides = [[r for seed in worlds for r in runs if r["seed"] == seed] for runs in (online, other)]
+    found = {}
+    for kind, values in (("single", [nearest(runs, measure)[1] for runs in sides]),
+                         ("frontier", [frontiers(runs, np.log(WORLD_KLS), measure)
+                                       for runs in sides])):
+        gaps = values[0] - values[1]  # (worlds, 6)
+        gaps = gaps[~np.isnan(gaps).all(1)]
+        every = zip((*WORLD_KLS, "mean"), (*gaps.T, np.nanmean(gaps, 1)), strict=True)
+        found |= {(kind, kl): one[~np.isnan(one)] for kl, one in every}
     return found
 
 
@@ -240,7 +290,7 @@ def over_kl(axes, runs, measure):
         grid = np.linspace(np.log(kl[kl > 0].min()), np.log(kl.max()), 200)
         covered = group.source == "online" and (group.loss, group.model) in in_order  # by the same
         yield from band(axes, "kl", np.exp(grid), frontiers(group.runs, grid, measure), row,
-                        linewidth=5 if covered else 1.6, **style)[::4]
+                        linewidth=5 if covered else 1.6, **style)
         for own, others in held_out(group.runs, measure):
             for at in hull(others):
                 axes.plot(own[at]["gold/kl"], own[at][measure],
@@ -291,6 +341,50 @@ def gaps(axes, runs, measure):
         axes.vlines(at, *ends[2:], color=colour, linewidth=4, alpha=0.4)  # over prompts
     if np.isinf(axes.dataLim.width):
         stop("no KL at which online and another of its loss, model and seeds can be compared")
+    axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
+
+
+def rates(axes, runs, measure):
+    """Both sides at each learning rate: all checkpoints, and a line through those at WORLD_KLS.
+
+    The CSV has the mean over the KLs where all rates of a side have a policy.
+    """
+    for (source,), side in grouped(runs, "source").items():
+        parts = {lr: nearest(some, measure)[1][0] for (lr,), some in sorted(
+            grouped(side, "lr").items())}
+        shared = ~np.isnan(list(parts.values())).any(0)
+        for (lr, values), line in zip(parts.items(), (":", "-", "--"), strict=False):
+            some = [run for run in side if run["lr"] == lr]
+            axes.plot(*columns(some, "gold/kl", measure), ".", color=COLOURS[source], alpha=0.2)
+            mean = values[shared].mean()
+            axes.plot(WORLD_KLS, values, line, color=COLOURS[source],
+                      label=f"{source}, learning rate {lr:g}: mean {mean:.3f}")
+            yield {"source": source, "lr": lr, "mean": mean, "kls": int(shared.sum())} | dict(
+                zip((f"at {kl}" for kl in WORLD_KLS), values, strict=True))
+
+
+def worlds(axes, runs, measure):
+    """Online minus the others at equal KL, over worlds: means and 95% intervals, a dot a world."""
+    measure = measure.removesuffix(" gap")
+    online, *others = sorted(groups_of(runs), key=lambda group: group.source != "online")
+    for i, other in enumerate(others):
+        title = f"{online.label} - {other.label}"
+        for (kind, kl), gaps in world_gaps(online.runs, other.runs, measure).items():
+            if not len(gaps):
+                continue
+            mean, low, high = interval(gaps, chosen=kind == "frontier")
+            yield {"comparison": title, "measure": measure, "kind": kind, "kl": kl, "mean": mean,
+                   "low": low, "high": high, "worlds": len(gaps), "above": int((gaps > 0).sum()),
+                   "least": gaps.min(), "most": gaps.max()}
+            if kl == "mean":
+                label = f"{title}, {kind}: mean {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+                axes.plot([], [], "o" if kind == "single" else "_", color=other.colour, label=label)
+                continue
+            x = kl * 1.07 ** (2 * i + (kind == "frontier"))
+            axes.errorbar(x, mean, [[mean - low], [high - mean]], capsize=2, color=other.colour,
+                          marker="o" if kind == "single" else "_", markersize=5)
+            if kind == "single":
+                axes.plot([x] * len(gaps), gaps, ".", color=other.colour, markersize=3, alpha=0.4)
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
 
 
@@ -392,18 +486,24 @@ def over_steps(axes, runs, measure):
     shared = set.intersection(*({r["beta"] for r in group.runs} for group in groups))
     last = min(max(row["step"] for r in group.runs for row in r["rows"]) for group in groups)
     rate = next((group.runs[0]["lr"] for group in groups if group.source == "online"), None)
+    lacks = "no beta that all groups have"
     for group in groups:
         some = [r for r in group.runs if r["lr"] == rate] or group.runs
         for beta, line in zip(sorted(shared, key=str)[:2], ("--", "-"), strict=False):
             tracks = [{row["step"]: row[measure] for row in r["start"] + r["rows"] if measure in row
                        and row["step"] <= last} for r in some if r["beta"] == beta]
-            steps = sorted(set.intersection(*map(set, tracks or [()]))) or stop(
-                f"no step at which all runs, {group.label}, beta {beta}, have {measure}")
+            tracks = [track for track in tracks if track]  # own pairs may all be equal: no accuracy
+            steps = sorted(set.intersection(*map(set, tracks or [()])))
+            if not steps:
+                lacks = f"no step at which all runs, {group.label}, beta {beta}, have {measure}"
+                continue
             values = np.array([[track[step] for step in steps] for track in tracks])
             yield from band(axes, "step", steps, values,
                             {"group": group.source, "beta": beta, "measure": measure},
                             color=COLOURS.get(group.source), linestyle=line, marker=".",
                             label=f"{group.label}, beta {beta}")
+    if not axes.lines:
+        stop(lacks)
 
 
 def logratio(axes, runs, measure):
@@ -477,6 +577,8 @@ MEASURES = {  # y axes
     "gold/accuracy_golden": "accuracy on D_golden", "gold/accuracy_self": "accuracy on own samples",
     "gold/chosen_logratio": "mean log-ratio of chosen, D_golden",
     "gap": "online minus other (above 0: better)",
+    "gold/win_rate gap": "win rate: online minus other", "toy/utility gap":
+    "hidden utility: online minus other",
     "peak": "90% quantile of win rate", "peak gap": "90% quantile of win rate, minus online's",
     "step_seconds": "seconds a step, mean and range of runs",
     "loss": "training loss, mean of 10 steps", "accuracy_online": "accuracy on D_online"}
@@ -514,6 +616,10 @@ FIGURES = {  # name: what `draw` makes it of; win rate over KL where nothing els
     "refresh": dict(title="How online is online enough? Responses sampled anew every K steps",
                     panels=[WIN_RATES, (over_refresh, REFRESH, "gold/win_rate"),
                             (step_seconds, REFRESH, "step_seconds")]),
+    "sweep": dict(title="World 0: learning rates of both sides", panels=[(rates, LOG_KL,
+                                                                         "gold/win_rate")]),
+    "worlds": dict(title="Everything drawn anew: online minus others at equal KL", panels=[
+        (worlds, LOG_KL, "gold/win_rate gap"), (worlds, LOG_KL, "toy/utility gap")], split=None),
     "proxies": dict(title="Online's proxy from fewer pairs", panels=[WIN_RATES, GAPS], width=5.6),
 }
 
@@ -726,7 +832,8 @@ def read_checkpoints(path):
                 if "proxy_accuracy" not in row:  # an older file has it behind the name
                     row["proxy"], _, found = row["proxy"].partition(" (")
                     row["proxy_accuracy"] = found.removesuffix(")")
-                run = runs.setdefault(row["run"], {key: row[key] for key in SETTINGS} | {
+                numbers = {key: float(row[key]) if row[key] else None for key in ("beta", "lr")}
+                run = runs.setdefault(row["run"], {key: row[key] for key in SETTINGS} | numbers | {
                     "name": row["run"], "seed": int(row["seed"]), "rows": [], "start": []})
                 outcomes = {"outcomes": row.pop("outcomes")} if row.get("outcomes") else {}
                 run["rows" if int(row["step"]) else "start"].append(

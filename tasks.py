@@ -293,13 +293,14 @@ def from_arena_conversations(row):
 
 def from_arena_55k(row):
     """lmarena-ai/arena-human-preference-55k: JSON-encoded turns a side, 0/1 winner columns."""
-    need(row["winner_tie"] != "1", "tie")
+    a_wins, b_wins = (float(row[f"winner_model_{side}"]) for side in "ab")  # "1", 1 or True
+    need(a_wins != b_wins, "tie")
     users, a, b = (json.loads(row[k]) for k in ("prompt", "response_a", "response_b"))
     need(len(users) == len(a) == len(b), "turns without a reply")
     a, b = ([message for user, reply in zip(users, side, strict=True)
              for message in ({"role": "user", "content": user},
                              {"role": "assistant", "content": reply})] for side in (a, b))
-    chosen, rejected = (b, a) if row["winner_model_b"] == "1" else (a, b)
+    chosen, rejected = (b, a) if b_wins else (a, b)
     return from_conversations({"chosen": chosen, "rejected": rejected})
 
 

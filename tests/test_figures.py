@@ -103,9 +103,9 @@ def test_win_rate_over_kl(make, draw, figure, sources):
     rows, (axes,) = draw(figure, runs)
     for i, source in enumerate(sources):
         some = [r for r in rows if r["group"] == source]
-        assert len(some) == (40 if i else 50)  # every fourth of 200 KLs, even in log KL
+        assert len(some) == (158 if i else 200)  # of 200 KLs, even in log KL
         for j, r in enumerate(some):
-            kl = 4 ** (4 * j / 199)
+            kl = 4 ** (j / 199)
             line = 0.1 * kl + 0.1 * i
             assert pick([r], "kl", "mean", "low", "high")[0] == pytest.approx(
                 (kl, line + 0.01, line, line + 0.02), rel=1e-5)
@@ -356,7 +356,8 @@ def test_figures_of_runs_that_cannot_be_compared(make, draw, capsys):
     rows, _ = draw("self", [make("online", seed, first, row(2, 2, 0.5, own=0.25))
                             for seed, first in enumerate((equal, row(1, 1, 0.5)))])
     assert pick(rows, "step", "mean") == [(2, 0.25)]
-
+    rows, _ = draw("self", [make("online", 0, equal), make("offline", 0, row(1, 1, 0.5, own=0.75))])
+    assert pick(rows, "group", "step", "mean") == [("offline", 1, 0.75)]  # one side cannot be
 
 def test_where_nothing_can_be_written(make, tmp_path, capsys):
     run = make("online", 0, row(1, 1, 0.5))
@@ -495,6 +496,10 @@ def test_each_experiment_reads_what_the_paper_says(s):
         "losses": [run for seed in s.seeds for loss in ("dpo", "slic") for beta in (0.1, 0.5)
                    for run in (online(seed, beta, loss), *(
                        offline(seed, beta, loss, lr=lr) for lr in s.lrs))],
+        "sweep": [side for at in settings for lr in s.lrs for side in (
+            online(*at, lr=lr), offline(*at, lr=lr, steps=s.long))],
+        "worlds": [side for at in settings for side in (
+            online(*at), stream(*at), *(offline(*at, lr=lr, steps=s.long) for lr in [s.lr]))],
         "refresh": fig1 + [online(*at, every=every) for at in settings for every in s.every],
         "proxies": sweep + [online(seed, beta, labeller=labeller)
                             for seed, labeller in weak for beta in s.betas]}

@@ -1,7 +1,6 @@
 """Semi-online: the responses of K steps are sampled at once (online_rlhf.py --refresh-every K)."""
 
 import pytest
-import torch
 from conftest import ARGS, load_model, rows_of, same_weights
 from test_scripts import offline, online, timeless
 

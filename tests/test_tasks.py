@@ -221,6 +221,18 @@ def test_messages():
     assert dropped == {"half a surrogate pair": 1}
 
 
+@pytest.mark.parametrize("kind", [str, int, float, bool])
+def test_the_winner_of_an_arena_row(kind):
+    """By columns of texts (CSV), numbers or truth values: the side that won is chosen."""
+    turn, pairs = {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]'}, []
+    for a, b, tie in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        row = turn | {"winner_model_a": kind(a), "winner_model_b": kind(b), "winner_tie": kind(tie)}
+        pairs.append(convert([row | {k: str(int(x)) for k, x in row.items() if kind is str
+                                     and k.startswith("winner")}]))
+    assert [[(c, r) for _, c, r in found] for found, _ in pairs] == [[("a", "b")], [("b", "a")], []]
+    assert pairs[2][1] == {"tie": 1}
+
+
 SAMPLES = {  # file of hub rows: (task, pairs left, dropped)
     "hh_rlhf.jsonl": ("helpful", 2, {}),
     "hh_rlhf.test.jsonl.gz": ("harmless", 2, {}),
