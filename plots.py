@@ -344,25 +344,6 @@ def gaps(axes, runs, measure):
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
 
 
-def rates(axes, runs, measure):
-    """Both sides at each learning rate: all checkpoints, and a line through those at WORLD_KLS.
-
-    The CSV has the mean over the KLs where all rates of a side have a policy.
-    """
-    for (source,), side in grouped(runs, "source").items():
-        parts = {lr: nearest(some, measure)[1][0] for (lr,), some in sorted(
-            grouped(side, "lr").items())}
-        shared = ~np.isnan(list(parts.values())).any(0)
-        for (lr, values), line in zip(parts.items(), (":", "-", "--"), strict=False):
-            some = [run for run in side if run["lr"] == lr]
-            axes.plot(*columns(some, "gold/kl", measure), ".", color=COLOURS[source], alpha=0.2)
-            mean = values[shared].mean()
-            axes.plot(WORLD_KLS, values, line, color=COLOURS[source],
-                      label=f"{source}, learning rate {lr:g}: mean {mean:.3f}")
-            yield {"source": source, "lr": lr, "mean": mean, "kls": int(shared.sum())} | dict(
-                zip((f"at {kl}" for kl in WORLD_KLS), values, strict=True))
-
-
 def worlds(axes, runs, measure):
     """Online minus the others at equal KL, over worlds: means and 95% intervals, a dot a world."""
     measure = measure.removesuffix(" gap")
@@ -616,8 +597,6 @@ FIGURES = {  # name: what `draw` makes it of; win rate over KL where nothing els
     "refresh": dict(title="How online is online enough? Responses sampled anew every K steps",
                     panels=[WIN_RATES, (over_refresh, REFRESH, "gold/win_rate"),
                             (step_seconds, REFRESH, "step_seconds")]),
-    "sweep": dict(title="World 0: learning rates of both sides", panels=[(rates, LOG_KL,
-                                                                         "gold/win_rate")]),
     "worlds": dict(title="Everything drawn anew: online minus others at equal KL", panels=[
         (worlds, LOG_KL, "gold/win_rate gap"), (worlds, LOG_KL, "toy/utility gap")], split=None),
     "proxies": dict(title="Online's proxy from fewer pairs", panels=[WIN_RATES, GAPS], width=5.6),

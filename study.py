@@ -4,6 +4,7 @@
     python study.py --scale toy --jobs 2          # every figure, three seeds: hours on two cores
     python study.py --scale toy --only fig4       # one figure and what it needs
     python study.py --scale hard --jobs 2         # the main ones, of people whose taste is hard
+    python study.py --scale worlds --jobs 2       # the main claim, everything drawn anew ten times
     python study.py --scale smol                  # the main claim on a real model: minutes, one GPU
     python study.py --scale gpu                   # the same on 0.5B and a real task: a night
     python study.py --scale paper --list          # the commands, in order, on real data and models
@@ -77,8 +78,7 @@ def figures(scale):
         "fig12": fig5 + each([{"pairs": "sft-vs-early"}, {"pairs": "early-vs-final"}],
                              seeds, betas),
         "losses": each(seeds, others, [online, *lrs]),
-        "sweep": each(seeds, betas, lrs, [online, long]),  # of both sides, to choose rates from
-        "worlds": each(seeds, betas, [online, shuffled, long]),
+        "worlds": each(seeds, betas, [online, long, shuffled]),
         "fig10": fig10, "fig11": fig10, "fig14": fig10}
 
 
@@ -110,6 +110,9 @@ SCALES = {
         proxies=[(1, None), (1, TOY["proxy"]["steps"])],
         figures=["fig1", "fig4", "fig6", "fig7", "fig8", "self", "gap", "utility", "logratio",
                  "fig9", "fig13", "proxies"]),
+    "worlds": TOY | dict(  # everything drawn anew, ten times; fixed before: results/worlds.md
+        worlds=range(1, 11), figures=["worlds"], prompts=512, seeds=[0],
+        betas=[0.02, 0.03, 0.05, 0.1, 0.2]),
     "gpu": dict(  # a night on one GPU of 80 GB, by estimate: no run of it was made
         tasks=["helpful"], seeds=[0, 1, 2], sizes={"": {}}, pairs=43_000, prompts=512,
         windows=[4, 100], every=[4, 20, 100], policy=["Qwen/Qwen2.5-0.5B"],
@@ -142,13 +145,6 @@ SCALES = {
         proxy=dict(steps=20_000, batch_size=32, lr=1e-4, warmup=1000),
         train=dict(batch_size=32), steps=4000, long=20_000, every=[4, 20, 100, 500],
         lr=1e-5, lrs=[3e-6, 1e-5, 3e-5], beta=0.1, betas=[0.1, 0.5, 1.0], windows=[4, 500])}
-# Everything drawn anew in each world, in the sizes of the demo. World 0 alone has the sweep of both
-# sides, from which the rates of the others were fixed before they were run: results/worlds.md
-SCALES["worlds"] = SCALES["demo"] | dict(
-    worlds=range(1, 11), figures=["worlds"], betas=[0.02, 0.03, 0.05, 0.1, 0.2], long=800,
-    evaluations=None)
-SCALES["pilot"] = SCALES["worlds"] | dict(
-    worlds=[0], figures=["sweep"], lrs=[1e-4, 3e-4, 1e-3])
 EXPERIMENTS = list(figures(TOY))
 
 
@@ -271,7 +267,6 @@ class Study:
         strength = f"-b{beta}" if beta else ""
         if online:
             labeller = self.proxy(*proxy)
-            strength += f"-lr{lr}" * (lr != s["lr"])
             flags = dict(loss=loss, lr=lr, labeller=labeller, prompts=self.d_golden,
                          refresh_every=every if every > 1 else None)
             name = f"online-{loss}{strength}" + labeller.removeprefix(f"{self.runs}/proxy")
@@ -283,7 +278,7 @@ class Study:
             flags = dict(lr=lr, data=data, shuffle_window=window)
             name = (f"{loss}-{pairs}" if pairs else loss) + f"{strength}-lr{lr}"
         steps = steps or s["steps"]
-        often = s.get("evaluations") or (16 if steps > s["steps"] else 8)
+        often = s.get("evaluations", 16 if steps > s["steps"] else 8)
         return self.add("online_rlhf.py" if online else f"{loss}.py", model=self.sft(size),
                         out=f"{self.runs}/{name}{size}-s{seed}", seed=seed, steps=steps, **flags,
                         beta=beta, eval_data=self.d_golden, gold=self.gold, baseline=self.baseline,
