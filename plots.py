@@ -259,15 +259,34 @@ def way(axes, run, measure, row, **style):
     return [row | {"kl": kl, "mean": value} for kl, value in zip(x, y, strict=True)]
 
 
+def ways_at(runs, kls, measure="gold/win_rate"):
+    """Each run's way from SFT, checkpoint by checkpoint, at these KLs: (runs, G), NaN beyond it."""
+    points = [sorted((row["gold/kl"], row[measure]) for row in run["start"] + run["rows"])
+              for run in runs]
+    return np.array([np.interp(kls, *zip(*some, strict=True), left=np.nan, right=np.nan)
+                     for some in points])
+
+
 def ways(axes, runs, measure):
-    """Each run's way from SFT, checkpoint by checkpoint."""
-    groups, shapes = groups_of(runs), shapes_of(r["beta"] for r in runs)
+    """The way from SFT of each side and beta: of several seeds their mean and range."""
+    shapes = shapes_of(r["beta"] for r in runs)
     lines = dict(zip(reversed(shapes), cycle(("-", "--", ":")), strict=False))  # solid: the largest
-    for run in runs:
-        group, beta = next(g for g in groups if run in g.runs), run["beta"]
-        yield from way(axes, run | {"rows": run["start"] + run["rows"]}, measure,
-                       {"run": run["name"]}, fmt=shapes[beta] + lines[beta], color=group.colour,
-                       label=group.label + f", beta {beta}" * (beta is not None), alpha=0.9)
+    for group in groups_of(runs):
+        for (beta,), some in grouped(group.runs, "beta").items():
+            label = group.label + f", beta {beta}" * (beta is not None)
+            style = dict(color=group.colour, alpha=0.9)
+            if len(some) == 1:
+                run = some[0] | {"rows": some[0]["start"] + some[0]["rows"]}
+                yield from way(axes, run, measure, {"run": run["name"]}, label=label,
+                               fmt=shapes[beta] + lines[beta], **style)
+                continue
+            for run in some:
+                axes.plot(*columns([run], "gold/kl", measure), shapes[beta], markersize=3.5,
+                          alpha=0.4, color=group.colour)
+            kls = np.linspace(0, min(columns([run], "gold/kl").max() for run in some), 100)
+            yield from band(axes, "kl", kls, ways_at(some, kls, measure), {"run": label},
+                            label=f"{label}: mean and range of {len(some)} seeds",
+                            linestyle=lines[beta], **style)
 
 
 def over_kl(axes, runs, measure):

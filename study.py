@@ -65,7 +65,7 @@ def figures(scale):
     fig5 = fig1 + each(seeds, [{"pairs": "final-vs-final"}], betas)
     fig10 = each(sizes, seeds, [online, shuffled, long])
     return {
-        "main": each(seeds[:1], [online | {"beta": max(scale["betas"])}, *each(betas, [long])]),
+        "main": each(betas, [online, long], seeds),
         "fig1": fig1, "fig4": fig4,
         "fig6": each(seeds, [{"policy": "online"}, {"policy": "offline"}]),  # to `Study.classify`
         "fig7": fig4, "fig8": fig4, "self": fig4, "gap": fig4, "utility": fig4, "logratio": fig4,
@@ -99,8 +99,8 @@ TOY = dict(
     lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40])
 SCALES = {
     "demo": TOY | dict(
-        figures=["main"], pairs=20_000, prompts=512, seeds=[0], sizes={"": {}}, steps=200, long=200,
-        evaluations=8, lrs=[3e-4], betas=[0.02, 0.05], golden_steps=120,
+        figures=["main"], pairs=20_000, prompts=256, sizes={"": {}}, steps=200, long=200,
+        evaluations=5, lrs=[3e-4], betas=[0.05], golden_steps=120,
         sft=TOY["sft"] | dict(steps=150, lr=3e-3),
         gold=TOY["gold"] | dict(steps=400, lr=7e-4, warmup=20, eval_every=50),
         proxy=TOY["proxy"] | dict(steps=200, lr=7e-4, warmup=20)),
@@ -312,10 +312,6 @@ def experiments(args):
         for task in scale["tasks"]:
             study, runs = Study(scale, task, stages), figures(scale)
             for figure in chosen:
-                if figure == "main" and task == "toy":  # is the golden model right, by sure people?
-                    study.add("reward.py", "label", model=study.gold,
-                              data=f"{study.data}/validation.jsonl",
-                              out=f"{study.data}/golden-validation.jsonl")
                 make = study.classify if figure == "fig6" else study.train
                 drawn.setdefault((task, figure), []).extend(
                     make(**settings) for settings in runs[figure])
@@ -347,10 +343,7 @@ def main(args):
         out = f"{folder}/figures" + (f"/{task}" if len(scale["tasks"]) > 1 else "")
         plots.main(plots.parse_args([*runs, "--figure", figure, "--out", f"{out}/{figure}.png"]))
         if figure == "main" and task == "toy":  # whose responses have a utility
-            read = [plots.read_run(run) for run in runs]
-            names = [f"{run['source']}, beta {run['beta']}" for run in read]
-            result = "\n".join([table(dict(zip(names, read, strict=True))), "", at_equal_kl(*read),
-                                examples(dict(zip(names, runs, strict=True))), ""])
+            result = summary(runs)
             with open(f"{out}/main.md", "w", encoding="utf-8") as f:
                 f.write(result)
             print(f"\n{result}{NEXT}")
@@ -360,7 +353,6 @@ def main(args):
 ABOUT = {  # what a command is for, by the name of what it makes, or its script
     "gold": "learns which response people prefer, and then stands for people",
     "golden.jsonl": "the pairs with the golden model's labels (D_golden): what all learn from",
-    "golden-validation.jsonl": "the same for held-out pairs, whose noise-free labels are known",
     "golden-policy": "the opponent: an online run that is labelled by the golden model itself",
     "golden-policy-baseline.jsonl": "the opponent's responses, against which all are judged",
     "tasks.py": "pairs of responses with people's choices, and an untrained model",
@@ -470,37 +462,45 @@ def run(stages, jobs, folder):
             bar.close()
 
 
-def table(runs):
-    """A Markdown table of SFT and {name: finished run}: value and standard error a measure."""
+def summary(folders):
+    """What the demo says at its end: the table, who wins at equal KL, and answers of first seeds."""
+    runs = [plots.read_run(folder) | {"folder": folder} for folder in folders]
+    sides = {f"{source}, beta {beta}": some for (source, beta), some in plots.grouped(
+        runs, "source", "beta").items()}
+    said = [at_equal_kl(*plots.grouped(some, "source").values())
+            for some in plots.grouped(runs, "beta").values()]
+    shown = {name: some[0]["folder"] for name, some in sides.items()}
+    return "\n".join([table(sides), "", *said, examples(shown), ""])
+
+
+def table(sides):
+    """A Markdown table of SFT and {name: its runs}: a measure's mean, lowest and highest run."""
     columns = {"win rate against the golden policy": "gold/win_rate", "KL to SFT": "gold/kl",
                "hidden utility": "toy/utility", "accuracy on D_golden": "gold/accuracy_golden",
                "tokens a response": "gold/response_length"}
     lines = ["| policy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    start = next(iter(runs.values()))["start"][0]
-    ends = {name: run["rows"][-1] for name, run in runs.items()}
-    for name, row in ({"SFT, where all start": start} | ends).items():
-        cells = (f"{round(row[key], 3) + 0:.3f} ± {row[f'{key}_se']:.3f}"  # no -0.000
-                 for key in columns.values())
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    rows = {"SFT, where all start": [run["start"][0] for runs in sides.values() for run in runs]}
+    for name, some in (rows | {name: [run["rows"][-1] for run in runs]
+                               for name, runs in sides.items()}).items():
+        values = [[row[key] for row in some] for key in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(
+            f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in values) + " |")
     return "\n".join(lines)
 
 
-def at_equal_kl(online, *offline):
-    """A sentence on how much more online wins than the better of offline where both passed.
+def at_equal_kl(online, offline):
+    """A sentence on how much more online wins than offline at the KLs that all runs passed.
 
-    Along the lines of the figure: each run's checkpoints, joined from SFT on.
+    Along the lines of the figure: means over seeds of each run's checkpoints, joined from SFT on.
     """
-    ways = [sorted((row["gold/kl"], row["gold/win_rate"]) for row in run["start"] + run["rows"])
-            for run in (online, *offline)]
-    low = max(ways[0][1][0], min(way[1][0] for way in ways[1:]))  # the first that was trained
-    high = min(ways[0][-1][0], max(way[-1][0] for way in ways[1:]))
+    kls = [sorted(row["gold/kl"] for row in run["rows"]) for run in online + offline]
+    low, high = max(some[0] for some in kls), min(some[-1] for some in kls)
     if low >= high:
         return "Online and offline did not drift equally far: they cannot be compared."
-    kls = np.linspace(low, high, 200)
-    first, *others = (np.interp(kls, *zip(*way, strict=True), right=-1) for way in ways)
-    second = np.max(others, 0)
-    return (f"At the KLs that both passed ({low:.1f} to {high:.1f}) online wins {first.mean():.0%} "
-            f"on average and the better of offline {second.mean():.0%} "
+    first, second = (plots.ways_at(runs, np.linspace(low, high, 200)).mean(0)
+                     for runs in (online, offline))
+    return (f"At the KLs that all {len(kls)} runs passed ({low:.1f} to {high:.1f}) online wins "
+            f"{first.mean():.0%} on average and offline {second.mean():.0%} "
             f"({(first - second).mean():+.2f}); at the highest {first[-1]:.0%} and "
             f"{second[-1]:.0%} ({first[-1] - second[-1]:+.2f}).")
 

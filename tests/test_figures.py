@@ -512,13 +512,11 @@ def test_each_experiment_reads_what_the_paper_says(s):
 
 
 def test_demo_stops_its_golden_policy_early():
-    """And its golden model also labels the sure pairs."""
+    """And both sides have three seeds at one beta, and equally many steps."""
     what, drawn, made = commands("demo", "main")
-    _, judge, (_, data) = what("data/demo/golden.jsonl")
     assert [(run[0], run[2], run[7], run[-1]) for run in drawn["toy", "main"]] == [
-        ("online_rlhf", 200, 0.05, 25), ("ipo", 200, 0.02, 25), ("ipo", 200, 0.05, 25)]
-    assert what("data/demo/golden-validation.jsonl") == (
-        "label", judge, ("validation.jsonl", data))
+        (script, 200, 0.05, 40) for script in ("online_rlhf", "ipo") for _ in range(3)]
+    assert [run[6] for run in drawn["toy", "main"]] == [0, 1, 2] * 2
     assert made[made["data/demo/golden-policy-baseline.jsonl"].model].steps == 120
 
 
@@ -533,35 +531,36 @@ def test_a_path_has_one_command(scale):
 
 
 def test_what_the_demo_writes(make, draw, tmp_path, monkeypatch):
-    """The last row of each run, its standard errors, and its last answers beside SFT's first.
+    """Mean and range of the last rows, and the first seeds' last answers beside SFT's first.
 
     Of real tasks, which have no utility, the figure alone."""
     monkeypatch.chdir(tmp_path)
     both, one = "the fox danced. the fox sang.", "the fox danced."
     texts = {0: [one, both], 1: ["a", "b"], 2: [both, one]}
-    wins = (0.2, 0.6), (0.1, 0.2), (0.3, 0.4)
 
     def run(stages, jobs, folder):
-        judged = [words for words in stages.values() if "--eval-data" in words][:3]
-        for words, (first, last) in zip(judged, wins, strict=True):
-            rows = row(0, 0, 0.1, 0.2), row(1, 1, first), row(2, 4, last, accuracy=0.7, own=0.8)
+        for words in [words for words in stages.values() if "--eval-data" in words]:
             source = "online" if words[0] == "online_rlhf.py" else "offline"
-            beta = float(study.value_of(words, "--beta"))
-            os.renames(make(source, 0, *rows, beta=beta, texts=texts),
-                       study.value_of(words, "--out"))
+            seed, less = int(study.value_of(words, "--seed")), 0.2 * (source == "offline")
+            rows = (row(0, 0, 0.1, 0.2), row(1, 1, 0.3 - less / 2),
+                    row(2, 4, 0.6 - less + 0.03 * seed, accuracy=0.7, own=0.8))
+            os.renames(make(source, seed, *rows, beta=float(study.value_of(words, "--beta")),
+                            texts=texts if seed < 1 else {}), study.value_of(words, "--out"))
 
     monkeypatch.setattr(study, "run", run)
     study.main(study.parse_args(["--scale", "demo"]))
     lines = (tmp_path / "runs/demo/figures/main.md").read_text().splitlines()
-    ends, names = "4.500 ± 0.500 | {} ± 0.030 | 9.000 ± 0.060 |", (
-        "online, beta 0.05", "offline, beta 0.02", "offline, beta 0.05")
-    assert lines[2:6] == [
-        f"| SFT, where all start | 0.100 ± 0.020 | 0.000 ± 0.010 | {ends.format('0.200')}", *(
-            f"| {name} | {last:.3f} ± 0.020 | 4.000 ± 0.010 | {ends.format('0.700')}"
-            for name, (_, last) in zip(names, wins, strict=True))]
-    assert lines[7] == ("At the KLs that both passed (1.0 to 4.0) online wins 40% on average and "
-                        "the better of offline 35% (+0.05); at the highest 60% and 40% (+0.20).")
-    assert lines[8:] == [line for said, other, worth in ((one, both, 4), (both, one, 5)) for line in
+    names = "online, beta 0.05", "offline, beta 0.05"
+    same = "{0:.2f} ({0:.2f} to {0:.2f})".format
+    assert lines[2:5] == [
+        f"| SFT, where all start | {same(0.1)} | {same(0)} | {same(4.5)} | {same(0.2)} | "
+        f"{same(9)} |", *(
+            f"| {name} | {wins} | {same(4)} | {same(4.5)} | {same(0.7)} | {same(9)} |"
+            for name, wins in zip(names, ("0.63 (0.60 to 0.66)", "0.43 (0.40 to 0.46)"),
+                                  strict=True))]
+    assert lines[6] == ("At the KLs that all 6 runs passed (1.0 to 4.0) online wins 46% on average "
+                        "and offline 32% (+0.15); at the highest 63% and 43% (+0.20).")
+    assert lines[7:] == [line for said, other, worth in ((one, both, 4), (both, one, 5)) for line in
                          ("", PROMPT, f"  {'SFT':18} (+{worth}.0) {said}", *(
                              f"  {name:18} (+{9 - worth}.0) {other}" for name in names))]
     study.main(study.parse_args(["--scale", "gpu", "--only", "main"]))

@@ -273,16 +273,32 @@ def test_chosen_logratios_by_hand(tmp_path):
 
 
 def test_the_demo_says_who_wins_at_equal_kl(recorded):
-    online, offline = (plots.read_run(run) for run in recorded[:2])
+    runs = [plots.read_run(run) for run in recorded]
+    online, offline = ([r for r in runs if r["source"] == s] for s in ("online", "offline"))
     said = study.at_equal_kl(online, offline)
-    assert "(1.0 to 4.0) online wins 40% on average and the better of offline 30% (+0.10)" in said
-    assert said.endswith("at the highest 50% and 40% (+0.10).")
-    worse = offline | {"rows": [judged(2, 0.5, 0.05), judged(4, 9.0, 0.05)]}  # further, no better
-    assert study.at_equal_kl(online, worse, offline) == said
-    short = offline | {"rows": [judged(2, 1.0, 0.1), judged(4, 2.0, 0.9)]}  # counts up to its end
-    assert study.at_equal_kl(online, short, offline).endswith("at the highest 50% and 40% (+0.10).")
-    beyond = offline | {"rows": [judged(2, 9.0, 0.2), judged(4, 10.0, 0.2)]}
-    assert study.at_equal_kl(online, beyond).endswith("cannot be compared.")
+    assert "that all 4 runs passed (1.0 to 4.0) online wins 40% on average and offline 30% (+0.10" \
+        in said and said.endswith("at the highest 50% and 40% (+0.10).")
+    short = offline[0] | {"rows": [judged(2, 1.0, 0.1), judged(4, 2.0, 0.9)]}  # counts to its end
+    said = study.at_equal_kl(online, [short, offline[1]])
+    assert "(1.0 to 2.0)" in said and said.endswith("at the highest 37% and 58% (-0.22).")
+    beyond = offline[0] | {"rows": [judged(2, 9.0, 0.2), judged(4, 10.0, 0.2)]}
+    assert study.at_equal_kl(online, [beyond]).endswith("cannot be compared.")
+
+
+def test_the_demos_figure_by_hand(recorded):
+    """Of two seeds the mean and the range, from SFT on to where the first of them ends."""
+    runs = [plots.read_run(run) for run in recorded]
+    online, offline = ([r for r in runs if r["source"] == s] for s in ("online", "offline"))
+    online[1] = online[1] | {"rows": [judged(2, 1.0, 0.5), judged(4, 2.0, 0.7)]}
+    figure, rows = plots.draw(online + offline[:1], **plots.FIGURES["main"])
+    some = [r for r in rows if r["run"] == "online, beta 0.1"]
+    assert [some[i]["kl"] for i in (0, -1)] == [0, 2]
+    assert [[r[k] for k in ("mean", "low", "high")] for r in some[::99]] == [
+        pytest.approx([0.1] * 3), pytest.approx([(0.7 + 0.3 + 0.2 / 3) / 2, 0.3 + 0.2 / 3, 0.7])]
+    assert "online, beta 0.1: mean and range of 2 seeds" in [
+        text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [(r["kl"], r["mean"]) for r in rows if r["run"] == offline[0]["name"]] == [
+        (0, 0.1), (1, 0.2), (4, 0.4)]
 
 
 def test_a_run_that_is_judged_at_its_start_only(tmp_path, capsys):
