@@ -42,6 +42,8 @@ def parse_args(argv=None):
                    "wrote (fig6: files of gold_eval.py classify)")
     p.add_argument("--figure", choices=FIGURES, default="main", help="which figure to draw")
     p.add_argument("--out", default="win_rate_kl.png", help="figure to write (png, pdf, svg)")
+    p.add_argument("--steps", type=int, help="leave out checkpoints after so many steps")
+    p.add_argument("--lr", type=float, help="leave out runs of another learning rate")
     p.add_argument("--title", default="", help="title instead of the figure's own")
     return p.parse_args(argv)
 
@@ -670,6 +672,12 @@ def main(args):
     if args.figure != "fig6":  # its panel reads the files
         runs = [run for path in dict.fromkeys(runs) for run in (
             read_checkpoints(path) if path.endswith(".csv") else [read_run(path)])]
+        runs = [run for run in runs if args.lr in (None, run["lr"])]
+        for run in runs:
+            run["rows"] = [row for row in run["rows"] if row["step"] <= (args.steps or row["step"])]
+        if not any(run["rows"] for run in runs):
+            stop(f"no checkpoints of --lr {args.lr} up to --steps {args.steps}")
+        runs = [run for run in runs if run["rows"]]
         checkpoints = [{"run": run["name"]} | {key: run[key] for key in SETTINGS}
                        | {key: row[key] for key in row if key.startswith(JUDGED)}
                        for run in runs for row in run["start"] + run["rows"]]

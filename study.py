@@ -99,10 +99,10 @@ TOY = dict(
     lr=3e-4, lrs=[1e-4, 3e-4, 1e-3], beta=0.1, betas=[0.02, 0.1, 0.5], windows=[4, 40])
 SCALES = {
     "demo": TOY | dict(
-        figures=["main"], pairs=20_000, prompts=256, sizes={"": {}}, steps=200, long=200,
-        evaluations=5, lrs=[3e-4], betas=[0.05], golden_steps=120,
+        figures=["main"], pairs=13_000, prompts=256, sizes={"": {}}, steps=120, long=120,
+        evaluations=5, lr=6e-4, lrs=[6e-4], betas=[0.05], golden_steps=80,
         sft=TOY["sft"] | dict(steps=150, lr=3e-3),
-        gold=TOY["gold"] | dict(steps=400, lr=7e-4, warmup=20, eval_every=50),
+        gold=TOY["gold"] | dict(steps=400, lr=7e-4, warmup=20, eval_every=100),
         proxy=TOY["proxy"] | dict(steps=200, lr=7e-4, warmup=20)),
     "toy": TOY,
     "hard": TOY | dict(  # fixed by classifiers' accuracies alone, before a policy: results/hard.md
@@ -463,7 +463,7 @@ def run(stages, jobs, folder):
 
 
 def summary(folders):
-    """What the demo says at its end: the table, who wins at equal KL, and answers of first seeds."""
+    """What the demo says at its end: a table, who wins at equal KL, and answers of first seeds."""
     runs = [plots.read_run(folder) | {"folder": folder} for folder in folders]
     sides = {f"{source}, beta {beta}": some for (source, beta), some in plots.grouped(
         runs, "source", "beta").items()}

@@ -80,7 +80,7 @@ BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see 
     "dpo.py": (746, 268), "ipo.py": (746, 268), "slic.py": (751, 273), "bo2.py": (724, 246),
     "sft.py": (691, 213), "online_rlhf.py": (1114, 405), "reward.py": (936, 314),
     "gold_eval.py": (684, 249), "tasks.py": (520, 520), "study.py": (533, 533),
-    "plots.py": (863, 863)}
+    "plots.py": (871, 871)}
 
 
 def test_no_script_outgrows_its_budget():

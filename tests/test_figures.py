@@ -515,9 +515,9 @@ def test_demo_stops_its_golden_policy_early():
     """And both sides have three seeds at one beta, and equally many steps."""
     what, drawn, made = commands("demo", "main")
     assert [(run[0], run[2], run[7], run[-1]) for run in drawn["toy", "main"]] == [
-        (script, 200, 0.05, 40) for script in ("online_rlhf", "ipo") for _ in range(3)]
+        (script, 120, 0.05, 24) for script in ("online_rlhf", "ipo") for _ in range(3)]
     assert [run[6] for run in drawn["toy", "main"]] == [0, 1, 2] * 2
-    assert made[made["data/demo/golden-policy-baseline.jsonl"].model].steps == 120
+    assert made[made["data/demo/golden-policy-baseline.jsonl"].model].steps == 80
 
 
 @pytest.mark.parametrize("scale", study.SCALES)
