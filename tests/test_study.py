@@ -598,6 +598,19 @@ def test_the_interval_over_worlds_covers_what_is_so(gap, spread):
             assert (low > 0).mean() > (0.9 if kind == "single" else 0.7)  # chosen: a wider interval
 
 
+def test_a_chord_looks_like_a_gap_and_single_policies_do_not_compare_there():
+    """Both sides on one concave curve, that of the toy study's online runs; offline has policies at
+    its KLs alone, 1.9 and 8. Its frontier is a mixture at KL 3, .07 below policies that are no
+    better; `nearest` finds no policy of it there, and no gap where it does."""
+    curve = lambda kl: np.interp(kl, (1, 2, 3, 5, 8, 13), (.18, .30, .42, .52, .61, .73))  # noqa: E731
+    runs = [run for seed in range(3) for run in world(
+        seed, [(kl, curve(kl)) for kl in (1, 2, 3, 5, 8)], [(kl, curve(kl)) for kl in (1.9, 8)])]
+    sides = ([r for r in runs if r["source"] == s] for s in ("online", "offline"))
+    found = plots.world_gaps(*sides)
+    assert found["frontier", 3].mean() > 0.05 and len(found["single", 3]) == 0
+    assert abs(found["single", 2].mean()) < 0.02 and found["single", 8].mean() == 0
+
+
 def test_student_by_its_table():
     """Published 97.5% quantiles of 10, 14, 19 and 29 degrees of freedom."""
     assert [plots.student(n) for n in (11, 15, 20, 30)] == pytest.approx(
