@@ -344,13 +344,13 @@ def load_other(name, tokenizer, args):
 
 def plain_logps(model, pairs):
     """Summed log-probs of the responses of B pairs as (2, B), chosen first: one row a response."""
-    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    rows = [(x, c) for x, c, _ in pairs] + [(x, r) for x, _, r in pairs]
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
     keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
     nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
-                           reduction="none")  # 0 where a label is -100
+                           reduction="none")  # column t predicts t + 1; 0 where a label is -100
     return -nlls.view(2, len(pairs), -1).sum(-1)
 
 
@@ -403,7 +403,7 @@ def batch_logps(model, logps_of, pairs, tokens):
     """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
     logps = torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
-        if group or hasattr(model, "logps"):  # see `shard`: all processes must run it
+        if group or hasattr(model, "logps"):  # sharded: all processes must run it
             logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
     return pooled(logps)
 
@@ -526,7 +526,10 @@ def generate(model, prompts, rows, max_tokens, ends, choose, *_):
 
 
 def recompute(model, prompts, rows, max_tokens, ends, choose, *_):
-    """The same without a cache, prompt by prompt: right for every causal model, and slowest."""
+    """Sample prompt by prompt, the whole text anew for every token: right for every causal model.
+
+    choose(rows, t, logits) draws a token for each of these rows. `decode` is the same, faster.
+    """
     for prompt, some in zip(prompts, rows.chunk(len(prompts)), strict=True):
         ids, alive = torch.tensor([prompt] * len(some), device=model.device), True
         for t in range(max_tokens):
@@ -647,11 +650,11 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
 
     Those of one prompt stand side by side; each ends with one of the ids `ends` unless it reached
     `max_tokens`. Ids from `known` on, which pad the head and no tokenizer has, are never drawn.
-    Prompts of not too unequal lengths go together: at most `tokens` are computed at once, and their
-    KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an eighth of what
-    training keeps of it), 32 times elsewhere. The noise of every (row, position) is drawn
-    beforehand: neither the grouping nor rows that leave early change what a row draws.
-    Of several generators each draws that of an equal share of the prompts.
+    Prompts of not too unequal lengths go together: at most `tokens` are computed at once, in a KV
+    cache of at most 8 * `tokens` slots on CUDA, 32 * `tokens` elsewhere. The noise of every (row,
+    position) is drawn beforehand: neither the grouping nor rows that leave early change what a row
+    draws. `generator`: one, or a list, each for an equal share of the prompts. `greedy`: the most
+    likely token; `static`: fixed shapes, for CUDA graphs.
     Each of several processes samples its share, with a whole model; all get all.
     """
     device, count = model.device, len(prompts) * per_prompt
@@ -671,7 +674,7 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     if not hasattr(model, "decode"):
         model.decode = choose_decoding(model, static)
     for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
-                                            max_tokens, 0.7)):
+                                            extra=max_tokens, padding=0.7)):
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
                             device=device)
         model.decode(model, [prompts[i] for i in group], rows, max_tokens,

@@ -6,11 +6,12 @@
     python online_rlhf.py --loss ipo --model runs/toy/sft --labeller runs/toy/proxy \\
         --prompts data/toy/golden.jsonl --out runs/toy/online-ipo
 
-With the proxy as labeller this is the paper's online run, with the golden model its golden policy.
+With the proxy as labeller this is the online run of arXiv:2405.08448, with the golden model its
+golden policy. It needs reward.py beside it, and with --gold gold_eval.py.
 stream.jsonl records D_online: a line per pair, in the order of training, {"step", "prompt_ids",
 "chosen_ids", "rejected_ids", "margin"}: token ids as sampled, and how sure the labeller was. The
 offline script of the same loss and flags, with --data stream.jsonl --shuffle-window 1, repeats the
-run bit for bit on CPU. `main` and `sample_pairs` are what is new here; `sample` is the hard part.
+run bit for bit on CPU. New here: `main`, `sample_pairs`, `sample`; `recompute` is how it decodes.
 Between online and offline, --refresh-every K samples the responses of K steps at once, from the
 policy before the first of them (semi-online, arXiv:2506.21495). K = --steps is offline, on the
 starting policy's own responses.
@@ -142,13 +143,13 @@ def bo2_loss(logps, ref_logps):
 
 def plain_logps(model, pairs):
     """Summed log-probs of the responses of B pairs as (2, B), chosen first: one row a response."""
-    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    rows = [(x, c) for x, c, _ in pairs] + [(x, r) for x, _, r in pairs]
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
     keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
     nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
-                           reduction="none")  # 0 where a label is -100
+                           reduction="none")  # column t predicts t + 1; 0 where a label is -100
     return -nlls.view(2, len(pairs), -1).sum(-1)
 
 
@@ -203,11 +204,11 @@ def pair_logps(model, pairs):
 
 
 def make_batches(steps, batch_size, rows, shuffle_window, seed):
-    """Row numbers of each step's batch: epochs follow each other, no row is left out.
+    """Row numbers of each step's batch: no row comes again before all have come once.
 
     Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps its order.
     """
-    window = min(shuffle_window * batch_size or rows, rows) if shuffle_window != 1 else 1
+    window = 1 if shuffle_window == 1 else shuffle_window * batch_size or rows  # in rows
     order = []
     for epoch in range(-(-steps * batch_size // rows)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
@@ -220,7 +221,7 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     """Split a batch into lists of its indices, shortest rows first.
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
-    row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
+    row, a micro-batch is one row or at most `tokens` tokens, a share `padding` of them not real.
     Each of several processes gets its share of every list, perhaps an empty one: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
@@ -243,6 +244,20 @@ def pick_tokens(logits, noise):
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
+def recompute(model, prompts, rows, max_tokens, ends, choose, *_):
+    """Sample prompt by prompt, the whole text anew for every token: right for every causal model.
+
+    choose(rows, t, logits) draws a token for each of these rows. `decode` is the same, faster.
+    """
+    for prompt, some in zip(prompts, rows.chunk(len(prompts)), strict=True):
+        ids, alive = torch.tensor([prompt] * len(some), device=model.device), True
+        for t in range(max_tokens):
+            new = choose(some, t, model(input_ids=ids, use_cache=False).logits[:, -1])[:, None]
+            ids, alive = torch.cat([ids, new], 1), alive & (new != ends).all(1)
+            if not alive.any():
+                break
+
+
 @torch.no_grad()
 def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, tokens=1024,
            greedy=False, static=None):
@@ -250,11 +265,11 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
 
     Those of one prompt stand side by side; each ends with one of the ids `ends` unless it reached
     `max_tokens`. Ids from `known` on, which pad the head and no tokenizer has, are never drawn.
-    Prompts of not too unequal lengths go together: at most `tokens` are computed at once, and their
-    KV cache has at most 8 times as many slots on CUDA (a token's KV is at most an eighth of what
-    training keeps of it), 32 times elsewhere. The noise of every (row, position) is drawn
-    beforehand: neither the grouping nor rows that leave early change what a row draws.
-    Of several generators each draws that of an equal share of the prompts.
+    Prompts of not too unequal lengths go together: at most `tokens` are computed at once, in a KV
+    cache of at most 8 * `tokens` slots on CUDA, 32 * `tokens` elsewhere. The noise of every (row,
+    position) is drawn beforehand: neither the grouping nor rows that leave early change what a row
+    draws. `generator`: one, or a list, each for an equal share of the prompts. `greedy`: the most
+    likely token; `static`: fixed shapes, for CUDA graphs.
     Each of several processes samples its share, with a whole model; all get all.
     """
     device, count = model.device, len(prompts) * per_prompt
@@ -274,7 +289,7 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     if not hasattr(model, "decode"):
         model.decode = choose_decoding(model, static)
     for group in filter(None, micro_batches([[x] for x in prompts], slots // per_prompt,
-                                            max_tokens, 0.7)):
+                                            extra=max_tokens, padding=0.7)):
         rows = torch.tensor([i * per_prompt + s for i in group for s in range(per_prompt)],
                             device=device)
         model.decode(model, [prompts[i] for i in group], rows, max_tokens,
@@ -288,7 +303,7 @@ def batch_logps(model, logps_of, pairs, tokens):
     """(2, B) summed log-probs of a batch, in its micro-batches; no gradients."""
     logps = torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
-        if group or hasattr(model, "logps"):  # see `shard`: all processes must run it
+        if group or hasattr(model, "logps"):  # sharded: all processes must run it
             logps[:, group] = logps_of(model, [pairs[i] for i in group]).cpu()
     return pooled(logps)
 
@@ -296,15 +311,15 @@ def batch_logps(model, logps_of, pairs, tokens):
 def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
     """Accumulate the gradient of the batch's mean loss, micro-batch by micro-batch.
 
-    Returns metrics by the names that the field uses. Implicit rewards are beta * (logps -
-    ref_logps); where beta is None (Bo2) there are none.
+    Returns means over the batch by TRL's names. Implicit rewards are beta * (logps - ref_logps),
+    for the metrics alone; where beta is None (Bo2) there are none. Equal ones count as wrong.
     """
     losses, logps = torch.zeros(len(pairs)), torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
         with autocast():
             group_logps = logps_of(policy, [pairs[i] for i in group])  # (2, pairs of the group)
         loss = loss_fn(group_logps, ref_logps[:, group].to(policy.device))
-        (loss.sum() / len(pairs)).backward()  # of all groups together: the batch's mean
+        (loss.sum() / len(pairs)).backward()  # these add up to the gradient of the batch's mean
         losses[group], logps[:, group] = loss.detach().cpu(), group_logps.detach().cpu()
     losses, logps = pooled(losses), pooled(logps)
     metrics = {"loss": losses, "logps/chosen": logps[0]}
@@ -313,7 +328,7 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
         metrics |= {"logps/rejected": logps[1], "rewards/chosen": chosen,
                     "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
                     "rewards/accuracies": (chosen > rejected).float()}
-    return {"tokens": sum(map(len, sum(pairs, ()))),
+    return {"tokens": sum(len(ids) for pair in pairs for ids in pair),
             **{name: values.mean().item() for name, values in metrics.items()}}
 
 
@@ -330,9 +345,9 @@ def optimizer_step(model, optimizer, lr, where):
 
 
 def sample_pairs(args, policy, labeller, prompts, ends, noise, known):
-    """Two responses a prompt from the policy, labelled: rows of a stream, with the margins.
+    """Two responses a prompt from the policy, labelled: lines of a stream, without its step.
 
-    noise: a generator for each equal share of the prompts; known: how many ids the tokenizer has.
+    noise, known: see `sample`. At margin 0 the first is chosen.
     """
     with autocast():  # around all tokens, so that the weights are cast once
         responses = sample(policy, prompts, 2, args.max_response_tokens, ends, noise, known,
@@ -345,22 +360,22 @@ def sample_pairs(args, policy, labeller, prompts, ends, noise, known):
 
 
 def noise_of(seed, step):
-    """The generator of a step's sampling: no two of (seed, step) share their noise, nor does
-    an evaluation; 32 bits, since torch's CPU generator drops all higher ones of a seed."""
+    """The generator of a step's sampling, by a hash of both: two steps, seeds or an evaluation
+    hardly ever share their noise. 32 bits: torch's CPU generator drops all higher ones."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(32))
 
 
 def main(args):
     open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
-    data = load_pairs(args.prompts, tokenizer, args, sides=())
+    data = load_pairs(args.prompts, tokenizer, args, sides=())  # prompts, with stand-ins
     batches = make_batches(args.steps, args.batch_size, len(data), 0, args.seed)
     reference = copy.deepcopy(policy) if args.gold or args.loss != "bo2" else None
     actor = copy.deepcopy(policy) if RANKS > 1 else policy  # a whole model, to sample from
-    for model in {reference, actor} - {policy, None}:  # they are not trained
-        model.to(DEVICE) if args.gold else halve(model)  # KL is computed in fp32
+    for model in {reference, actor} - {policy, None}:  # only read
+        model.to(DEVICE) if args.gold else halve(model)  # --gold: for KL in fp32
     labeller, ends = load_labeller(args.labeller, tokenizer, args), end_ids(policy, tokenizer)
-    logps_of = choose_logps(policy.to(DEVICE), data, args)  # pair_logps, if it is right
+    logps_of = choose_logps(policy.to(DEVICE), data, args)  # pair_logps, if equal to plain_logps
     evaluate = None  # or a function of the step
     if args.gold:
         from gold_eval import evaluator
@@ -370,6 +385,7 @@ def main(args):
     loss_fn = {"ipo": partial(ipo_loss, beta=args.beta), "dpo": partial(dpo_loss, beta=args.beta),
                "slic": partial(slic_loss, beta=args.beta), "bo2": bo2_loss}[args.loss]
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    beta = None if args.loss == "bo2" else args.beta
     stream, waiting = f"{args.out}/stream.jsonl", []
     # loads a checkpoint, if there is one, into all of these; logs what we add to `metrics`
     for step, metrics in training_steps(args, policy, optimizer, evaluate):
@@ -383,16 +399,15 @@ def main(args):
             waiting = [{"step": step + i // len(rows), **row} for i, row in enumerate(sampled)]
             with open(stream if RANK == 0 else os.devnull, "a") as f:
                 f.writelines(json.dumps(row) + "\n" for row in waiting)
-        elif not waiting:  # resumed within a window
+        elif not waiting:  # resumed within a window: its samples are in the file
             waiting = [row for row in read_jsonl(stream) if row["step"] >= step]
         batch, waiting = waiting[:len(rows)], waiting[len(rows):]
         pairs = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in batch]
         ties = sum(chosen == rejected for _, chosen, rejected in pairs)
-        ref_logps, beta = torch.zeros(2, len(rows)), None
-        if args.loss == "bo2":
-            pairs = [(prompt, chosen, []) for prompt, chosen, _ in pairs]  # the winners alone
+        if args.loss == "bo2":  # the winners alone, no reference
+            pairs = [(prompt, chosen, []) for prompt, chosen, _ in pairs]
+            ref_logps = torch.zeros(2, len(rows))
         else:
-            beta = args.beta
             with autocast():
                 ref_logps = batch_logps(reference, logps_of, pairs, args.tokens_per_microbatch)
         metrics.update(preference_step(
@@ -405,7 +420,7 @@ def main(args):
     finish_run(args, policy, tokenizer, metrics)
 
 
-# ==== The lesson ends here. Below is machinery, the same in every script: model and data ==========
+# ==== The lesson ends here. Below is machinery, most of it the same in every script ===============
 @torch.no_grad()
 def load_model(kind, name, args, new=()):
     """(fp32 model, tokenizer) of a run folder, folder or the hub; it may lack the weights `new`."""
@@ -470,6 +485,24 @@ def choose_precision(model, args):
         args.precision = "bf16" if gain > 1.5 else "fp32"
         print(f"bf16 takes 1/{gain:.1f} of the time of fp32 here: --precision {args.precision}")
     autocast.keywords["enabled"] = args.precision == "bf16"
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention in bf16 on a CPU, as plain products: half the time of the fused kernel there.
+
+    The scores of a row, T x T a head, are kept for the backward pass: not of rows that are long.
+    """
+    mask, (rows, heads, length, width) = attention_mask, query.shape
+    plain = value.dtype == torch.bfloat16 and not value.is_cuda and length <= 1280
+    if not plain or mask is None or mask.dtype != torch.bool:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    with torch.autocast("cpu", enabled=False):
+        q, k = (x.to(value.dtype) for x in (query, key))  # rotary positions made them fp32
+        q = q.reshape(rows, key.shape[1], -1, width)  # of heads that share keys and values
+        scores = (q @ k.mT * (scaling or width ** -0.5)).view(rows, heads, length, -1)
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+        found = weights.view(*q.shape[:3], -1) @ value
+    return found.view(query.shape).transpose(1, 2), None
 
 
 def mask_for(model, visible, positions):
@@ -661,24 +694,6 @@ def end_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, turn_end(tokenizer)[2], *said} - {None})
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention in bf16 on a CPU, as plain products: half the time of the fused kernel there.
-
-    The scores of a row, T x T a head, are kept for the backward pass: not of rows that are long.
-    """
-    mask, (rows, heads, length, width) = attention_mask, query.shape
-    plain = value.dtype == torch.bfloat16 and not value.is_cuda and length <= 1280
-    if not plain or mask is None or mask.dtype != torch.bool:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    with torch.autocast("cpu", enabled=False):
-        q, k = (x.to(value.dtype) for x in (query, key))  # rotary positions made them fp32
-        q = q.reshape(rows, key.shape[1], -1, width)  # of heads that share keys and values
-        scores = (q @ k.mT * (scaling or width ** -0.5)).view(rows, heads, length, -1)
-        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-        found = weights.view(*q.shape[:3], -1) @ value
-    return found.view(query.shape).transpose(1, 2), None
-
-
 def skip_padding(module, query, key, value, attention_mask, **kwargs):
     """Attention of one new token a row on CPU: in parts of the batch, each without its own padding.
 
@@ -794,17 +809,6 @@ def generate(model, prompts, rows, max_tokens, ends, choose, *_):
             logits_processor=LogitsProcessorList([leave_one]))
     finally:
         model.generation_config = own
-
-
-def recompute(model, prompts, rows, max_tokens, ends, choose, *_):
-    """The same without a cache, prompt by prompt: right for every causal model, and slowest."""
-    for prompt, some in zip(prompts, rows.chunk(len(prompts)), strict=True):
-        ids, alive = torch.tensor([prompt] * len(some), device=model.device), True
-        for t in range(max_tokens):
-            new = choose(some, t, model(input_ids=ids, use_cache=False).logits[:, -1])[:, None]
-            ids, alive = torch.cat([ids, new], 1), alive & (new != ends).all(1)
-            if not alive.any():
-                break
 
 
 def choose_decoding(model, static):

@@ -242,12 +242,15 @@ def columns(runs, *keys):
     return np.array([[row[key] for run in runs for row in run["rows"]] for key in keys])
 
 
-def band(axes, name, x, values, row, **style):
+def band(axes, name, x, values, row, least=None, **style):
     """A line of the means of `values` (seeds, X) over `x`, a band from the lowest to the highest.
 
-    Returns `row` with `name`, mean, low and high for every x at which all seeds have a value.
+    Returns `row` with `name`, mean, low and high for every x at which all seeds have a value, or
+    so many of them at `least`.
     """
-    mean, low, high = values.mean(0), values.min(0), values.max(0)
+    few = (~np.isnan(values)).sum(0) < (least or len(values))
+    known = np.ma.masked_invalid(np.where(few, np.nan, values))
+    mean, low, high = (some.filled(np.nan) for some in (known.mean(0), known.min(0), known.max(0)))
     axes.plot(x, mean, **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     return [row | {name: x[i], "mean": mean[i], "low": low[i], "high": high[i]}
@@ -270,7 +273,7 @@ def ways_at(runs, kls, measure="gold/win_rate"):
 
 
 def ways(axes, runs, measure):
-    """The way from SFT of each side and beta: of several seeds their mean and range."""
+    """The way from SFT of each side and beta: of several seeds mean and range, as two get there."""
     shapes = shapes_of(r["beta"] for r in runs)
     lines = dict(zip(reversed(shapes), cycle(("-", "--", ":")), strict=False))  # solid: the largest
     for group in groups_of(runs):
@@ -285,8 +288,9 @@ def ways(axes, runs, measure):
             for run in some:
                 axes.plot(*columns([run], "gold/kl", measure), shapes[beta], markersize=3.5,
                           alpha=0.4, color=group.colour)
-            kls = np.linspace(0, min(columns([run], "gold/kl").max() for run in some), 100)
-            yield from band(axes, "kl", kls, ways_at(some, kls, measure), {"run": label},
+            last = sorted(columns([run], "gold/kl").max() for run in some)[-2]
+            kls = np.linspace(0, last, 100)
+            yield from band(axes, "kl", kls, ways_at(some, kls, measure), {"run": label}, least=2,
                             label=f"{label}: mean and range of {len(some)} seeds",
                             linestyle=lines[beta], **style)
 

@@ -171,7 +171,7 @@ def both_orders(model, pairs, tokens, logits_of=preference_logits):
 
 
 def prefer(model, pairs, tokens=8192):
-    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1), or a judge.py's: y1 wins iff above 0.
+    """Margins (B,) in [-1, 1] = r(x, y1, y2) - r(x, y2, y1), or a judge.py's: y1 wins above 0.
 
     Swapping y1 and y2 flips the sign, so that no position bias is left; two equal responses have
     margin 0.
@@ -182,11 +182,11 @@ def prefer(model, pairs, tokens=8192):
 
 
 def make_batches(steps, batch_size, rows, shuffle_window, seed):
-    """Row numbers of each step's batch: epochs follow each other, no row is left out.
+    """Row numbers of each step's batch: no row comes again before all have come once.
 
     Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps its order.
     """
-    window = min(shuffle_window * batch_size or rows, rows) if shuffle_window != 1 else 1
+    window = 1 if shuffle_window == 1 else shuffle_window * batch_size or rows  # in rows
     order = []
     for epoch in range(-(-steps * batch_size // rows)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
@@ -199,7 +199,7 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     """Split a batch into lists of its indices, shortest rows first.
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
-    row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
+    row, a micro-batch is one row or at most `tokens` tokens, a share `padding` of them not real.
     Each of several processes gets its share of every list, perhaps an empty one: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
@@ -314,7 +314,7 @@ def main(args):
     train(args) if args.command == "train" else label(args)
 
 
-# ==== The lesson ends here. Below is machinery, the same in every script: model and data ==========
+# ==== The lesson ends here. Below is machinery, most of it the same in every script ===============
 @torch.no_grad()
 def load_model(kind, name, args, new=()):
     """(fp32 model, tokenizer) of a run folder, folder or the hub; it may lack the weights `new`."""

@@ -76,13 +76,13 @@ def parse_args(argv=None):
 
 def plain_logps(model, pairs):
     """Summed log-probs of the responses of B pairs as (2, B), chosen first: one row a response."""
-    rows = [(prompt, pair[side]) for side in (0, 1) for prompt, *pair in pairs]
+    rows = [(x, c) for x, c, _ in pairs] + [(x, r) for x, _, r in pairs]
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
     keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
     nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
-                           reduction="none")  # 0 where a label is -100
+                           reduction="none")  # column t predicts t + 1; 0 where a label is -100
     return -nlls.view(2, len(pairs), -1).sum(-1)
 
 
@@ -137,11 +137,11 @@ def pair_logps(model, pairs):
 
 
 def make_batches(steps, batch_size, rows, shuffle_window, seed):
-    """Row numbers of each step's batch: epochs follow each other, no row is left out.
+    """Row numbers of each step's batch: no row comes again before all have come once.
 
     Rows are shuffled within windows of so many batches: 0 is the whole file, 1 keeps its order.
     """
-    window = min(shuffle_window * batch_size or rows, rows) if shuffle_window != 1 else 1
+    window = 1 if shuffle_window == 1 else shuffle_window * batch_size or rows  # in rows
     order = []
     for epoch in range(-(-steps * batch_size // rows)):
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
@@ -154,7 +154,7 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     """Split a batch into lists of its indices, shortest rows first.
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
-    row, a micro-batch has at most `tokens` tokens, at most a share `padding` of them not real.
+    row, a micro-batch is one row or at most `tokens` tokens, a share `padding` of them not real.
     Each of several processes gets its share of every list, perhaps an empty one: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
@@ -200,7 +200,7 @@ def main(args):
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
     pairs = [pair for path in args.data for pair in load_pairs(path, tokenizer, args)]
     batches = make_batches(args.steps, args.batch_size, len(pairs), 0, args.seed)
-    logps_of = choose_logps(policy.to(DEVICE), pairs, args)  # pair_logps, if it is right
+    logps_of = choose_logps(policy.to(DEVICE), pairs, args)  # pair_logps, if equal to plain_logps
     logps_of = shard(policy, logps_of, args.checkpoint_activations)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     for step, metrics in training_steps(args, policy, optimizer):
@@ -213,7 +213,7 @@ def main(args):
     finish_run(args, policy, tokenizer, metrics)
 
 
-# ==== The lesson ends here. Below is machinery, the same in every script: model and data ==========
+# ==== The lesson ends here. Below is machinery, most of it the same in every script ===============
 @torch.no_grad()
 def load_model(kind, name, args, new=()):
     """(fp32 model, tokenizer) of a run folder, folder or the hub; it may lack the weights `new`."""

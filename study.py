@@ -489,20 +489,22 @@ def table(sides):
 
 
 def at_equal_kl(online, offline):
-    """A sentence on how much more online wins than offline at the KLs that all runs passed.
+    """A sentence on how much more online wins than offline where both sides have policies.
 
-    Along the lines of the figure: means over seeds of each run's checkpoints, joined from SFT on.
+    Along the lines of the figure, from where all runs have a checkpoint to where the last but one
+    run of a side ends: means over the seeds that get there, each joined from SFT on.
     """
-    kls = [sorted(row["gold/kl"] for row in run["rows"]) for run in online + offline]
-    low, high = max(some[0] for some in kls), min(some[-1] for some in kls)
+    kls = [[sorted(row["gold/kl"] for row in run["rows"]) for run in runs]
+           for runs in (online, offline)]
+    low = max(some[0] for side in kls for some in side)
+    high = min(sorted(some[-1] for some in side)[-2:][0] for side in kls)
     if low >= high:
         return "Online and offline did not drift equally far: they cannot be compared."
-    first, second = (plots.ways_at(runs, np.linspace(low, high, 200)).mean(0)
+    first, second = (np.nanmean(plots.ways_at(runs, np.linspace(low, high, 200)), 0)
                      for runs in (online, offline))
-    return (f"At the KLs that all {len(kls)} runs passed ({low:.1f} to {high:.1f}) online wins "
-            f"{first.mean():.0%} on average and offline {second.mean():.0%} "
-            f"({(first - second).mean():+.2f}); at the highest {first[-1]:.0%} and "
-            f"{second[-1]:.0%} ({first[-1] - second[-1]:+.2f}).")
+    return (f"Where both have policies (KL {low:.1f} to {high:.1f}) online wins {first.mean():.0%} "
+            f"on average and offline {second.mean():.0%} ({(first - second).mean():+.2f}); at the "
+            f"highest {first[-1]:.0%} and {second[-1]:.0%} ({first[-1] - second[-1]:+.2f}).")
 
 
 def examples(folders, count=2):

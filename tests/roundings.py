@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDINGS = {"its own": {},
              "no AVX": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}}
-SAID = (r"passed \(([\d.]+) to ([\d.]+)\) online wins (\d+)% on average and offline (\d+)% "
+SAID = (r"policies \(KL ([\d.]+) to ([\d.]+)\) online wins (\d+)% on average and offline (\d+)% "
         r"\(([+-][\d.]+)\); at the highest (\d+)% and (\d+)% \(([+-][\d.]+)\)")
 NAMES = ("kl_from", "kl_to", "online", "offline", "gap", "online_at_highest",
          "offline_at_highest", "gap_at_highest")

@@ -78,9 +78,9 @@ def test_every_flag_is_read(path):
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
     "dpo.py": (746, 268), "ipo.py": (746, 268), "slic.py": (751, 273), "bo2.py": (724, 246),
-    "sft.py": (691, 213), "online_rlhf.py": (1114, 405), "reward.py": (936, 314),
-    "gold_eval.py": (684, 249), "tasks.py": (520, 520), "study.py": (533, 533),
-    "plots.py": (871, 871)}
+    "sft.py": (691, 213), "online_rlhf.py": (1118, 420), "reward.py": (936, 314),
+    "gold_eval.py": (687, 249), "tasks.py": (520, 520), "study.py": (535, 535),
+    "plots.py": (875, 875)}
 
 
 def test_no_script_outgrows_its_budget():

@@ -558,8 +558,8 @@ def test_what_the_demo_writes(make, draw, tmp_path, monkeypatch):
             f"| {name} | {wins} | {same(4)} | {same(4.5)} | {same(0.7)} | {same(9)} |"
             for name, wins in zip(names, ("0.63 (0.60 to 0.66)", "0.43 (0.40 to 0.46)"),
                                   strict=True))]
-    assert lines[6] == ("At the KLs that all 6 runs passed (1.0 to 4.0) online wins 46% on average "
-                        "and offline 32% (+0.15); at the highest 63% and 43% (+0.20).")
+    assert lines[6] == ("Where both have policies (KL 1.0 to 4.0) online wins 46% on average and "
+                        "offline 32% (+0.15); at the highest 63% and 43% (+0.20).")
     assert lines[7:] == [line for said, other, worth in ((one, both, 4), (both, one, 5)) for line in
                          ("", PROMPT, f"  {'SFT':18} (+{worth}.0) {said}", *(
                              f"  {name:18} (+{9 - worth}.0) {other}" for name in names))]

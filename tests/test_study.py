@@ -273,14 +273,18 @@ def test_chosen_logratios_by_hand(tmp_path):
 
 
 def test_the_demo_says_who_wins_at_equal_kl(recorded):
+    """From where all runs have a policy to where the last but one run of a side ends."""
     runs = [plots.read_run(run) for run in recorded]
     online, offline = ([r for r in runs if r["source"] == s] for s in ("online", "offline"))
-    said = study.at_equal_kl(online, offline)
-    assert "that all 4 runs passed (1.0 to 4.0) online wins 40% on average and offline 30% (+0.10" \
-        in said and said.endswith("at the highest 50% and 40% (+0.10).")
+    for pair in ((online, offline), (online[:1], offline[:1])):
+        said = study.at_equal_kl(*pair)
+        assert "policies (KL 1.0 to 4.0) online wins 40% on average and offline 30% (+0.10)" in said
+        assert said.endswith("at the highest 50% and 40% (+0.10).")
     short = offline[0] | {"rows": [judged(2, 1.0, 0.1), judged(4, 2.0, 0.9)]}  # counts to its end
     said = study.at_equal_kl(online, [short, offline[1]])
-    assert "(1.0 to 2.0)" in said and said.endswith("at the highest 37% and 58% (-0.22).")
+    assert "(KL 1.0 to 2.0)" in said and said.endswith("at the highest 37% and 58% (-0.22).")
+    said = study.at_equal_kl(online, [short, *offline])
+    assert "(KL 1.0 to 4.0)" in said and said.endswith("at the highest 50% and 40% (+0.10).")
     beyond = offline[0] | {"rows": [judged(2, 9.0, 0.2), judged(4, 10.0, 0.2)]}
     assert study.at_equal_kl(online, [beyond]).endswith("cannot be compared.")
 
