@@ -143,7 +143,9 @@ def test_slots_hold_what_attention_reads(monkeypatch, fused):
         with torch.autocast("cpu", torch.bfloat16):
             drawn.append(gold_eval.sample(model, prompts, 2, 12, [1],
                                           torch.Generator().manual_seed(0)))
-    assert dtypes == {torch.bfloat16} and drawn[0] == drawn[1]
+    assert drawn[0] == drawn[1]
+    if gold_eval.cache_argument(type(model)) == "cache":  # before 5.24 its cache made fp32 of bf16
+        assert dtypes == {torch.bfloat16}
 
 
 # ---- heads that are more than a matrix, or larger than the tokenizer -----------------------------
