@@ -597,10 +597,12 @@ def training_steps(args, model, optimizer, evaluate=None, **kept):
                     tensor.copy_(found)
         except (SafetensorError, RuntimeError, AttributeError) as e:
             fail(f"{path} is damaged or of another model ({e}); remove {args.out} to start over")
-    started, = read_jsonl(f"{args.out}/args.json")
-    if RANK == 0 and started.get("precision") != args.precision:  # `auto` is decided by now
-        with open(f"{args.out}/args.json", "w") as f:
-            json.dump(started | {"precision": args.precision}, f)
+    given = f"{args.out}/args.json"
+    for started in read_jsonl(given) if RANK == 0 else ():
+        if started.get("precision") != args.precision:  # `auto` is decided by now
+            with open(f"{given}.tmp", "w") as f:
+                json.dump(started | {"precision": args.precision}, f)
+            os.replace(f"{given}.tmp", given)
     logs = {name: f"{args.out}/{name}.jsonl" for name in ("metrics", "samples", "stream")}
     log = open(logs["metrics"] if RANK == 0 else os.devnull, "a", buffering=1)
     try:

@@ -77,8 +77,8 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (746, 268), "ipo.py": (746, 268), "slic.py": (751, 273), "bo2.py": (724, 246),
-    "sft.py": (691, 213), "online_rlhf.py": (1118, 420), "reward.py": (936, 314),
+    "dpo.py": (748, 268), "ipo.py": (748, 268), "slic.py": (753, 273), "bo2.py": (726, 246),
+    "sft.py": (693, 213), "online_rlhf.py": (1120, 420), "reward.py": (938, 314),
     "gold_eval.py": (687, 249), "tasks.py": (520, 520), "study.py": (535, 535),
     "plots.py": (875, 875)}
 
