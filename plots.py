@@ -273,7 +273,8 @@ def ways_at(runs, kls, measure="gold/win_rate"):
 
 
 def ways(axes, runs, measure):
-    """The way from SFT of each side and beta: of several seeds mean and range, as two get there."""
+    """The way from SFT of each side and beta: of several seeds mean and range, as far as two get.
+    """
     shapes = shapes_of(r["beta"] for r in runs)
     lines = dict(zip(reversed(shapes), cycle(("-", "--", ":")), strict=False))  # solid: the largest
     for group in groups_of(runs):

@@ -199,7 +199,7 @@ def micro_batches(rows, tokens, extra=0, padding=0.2, ranks=RANKS):
     """Split a batch into lists of its indices, shortest rows first.
 
     A row is some lists of ids; its length is the sum of theirs, plus `extra`. Padded to its longest
-    row, a micro-batch is one row or at most `tokens` tokens, a share `padding` of them not real.
+    row, a micro-batch is one row or at most `tokens` tokens, at most a share `padding` unreal.
     Each of several processes gets its share of every list, perhaps an empty one: all get as many.
     """
     lengths = [sum(map(len, row)) + extra for row in rows]
@@ -793,11 +793,11 @@ def training_steps(args, model, optimizer, evaluate=None, **kept):
         except (SafetensorError, RuntimeError, AttributeError) as e:
             fail(f"{path} is damaged or of another model ({e}); remove {args.out} to start over")
     given = f"{args.out}/args.json"
-    for started in read_jsonl(given) if RANK == 0 else ():
-        if started.get("precision") != args.precision:  # `auto` is decided by now
-            with open(f"{given}.tmp", "w") as f:
-                json.dump(started | {"precision": args.precision}, f)
-            os.replace(f"{given}.tmp", given)
+    started, = read_jsonl(given) if RANK == 0 else [vars(args)]  # the others must not read it now
+    if started.get("precision") != args.precision:  # `auto` is decided by now
+        with open(f"{given}.tmp", "w") as f:
+            json.dump(started | {"precision": args.precision}, f)
+        os.replace(f"{given}.tmp", given)
     logs = {name: f"{args.out}/{name}.jsonl" for name in ("metrics", "samples", "stream")}
     log = open(logs["metrics"] if RANK == 0 else os.devnull, "a", buffering=1)
     try:

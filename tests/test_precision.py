@@ -72,6 +72,26 @@ def test_args_hold_what_auto_decided(toy, tmp_path):
         assert json.load(f)["precision"] == ("bf16" if torch.cuda.is_available() else "fp32")
 
 
+def test_args_are_rewritten_whole_and_by_the_first_process(toy, tmp_path, monkeypatch):
+    """A write that fails halfway leaves them as they were; another process does not read them."""
+    dump, calls = json.dump, []
+
+    def half(given, f):
+        calls.append(f.name)
+        dump(given, f) if len(calls) == 1 else f.write("{") and 1 / 0
+
+    monkeypatch.setattr(ipo.json, "dump", half)
+    with pytest.raises(ZeroDivisionError):
+        offline(toy, "ipo", f"{tmp_path}/r", steps=1)
+    (args,) = rows_of(f"{tmp_path}/r/args.json")
+    assert args["precision"] == "auto" and len(calls) == 2
+    monkeypatch.setattr(ipo, "RANK", 1)
+    model = torch.nn.Linear(1, 1)
+    steps = ipo.training_steps(SimpleNamespace(out=f"{tmp_path}/none", precision="fp32", steps=1),
+                               model, torch.optim.AdamW(model.parameters()))
+    assert next(steps)[0] == 1 and not (tmp_path / "none").exists()
+
+
 def test_a_stream_of_bf16_is_replayed_to_the_bit(toy, tmp_path):
     """Sampler, labeller, reference and policy in bf16; and the first reward is 0 online too."""
     rows = online(toy, f"{tmp_path}/online", precision="bf16")

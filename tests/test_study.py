@@ -626,12 +626,36 @@ def test_runs_and_files_of_runs_are_of_one_kind(recorded, tmp_path):
     """A seed that comes from a folder and one from a file choose for each other."""
     plots.main(plots.parse_args([recorded[0], "--figure", "fig1", "--out", f"{tmp_path}/f.png"]))
     kept = plots.read_checkpoints(f"{tmp_path}/f-checkpoints.csv")
-    runs = [*kept, plots.read_run(recorded[5])]
-    assert [(r["beta"], r["lr"]) for r in runs] == [(0.1, 0.001)] * 2
-    assert all(others is not own and others.keys() == own.keys() and all(
-        others[at][1] == rows["gold/win_rate"] for at, rows in runs_of.items())
-        for (own, others), runs_of in zip(plots.held_out(runs), [
-            plots.held_out(runs)[1][0], plots.held_out(runs)[0][0]], strict=True))
+    other = plots.read_run(recorded[5]) | {"rows": [judged(2, 1.0, 0.7), judged(4, 4.0, 0.9)]}
+    assert [(r["beta"], r["lr"]) for r in (*kept, other)] == [(0.1, 0.001)] * 2
+    assert [[win for _, win in others.values()] for _, others in plots.held_out(
+        [*kept, other])] == [[0.7, 0.9], [0.3, 0.5]]
+
+
+def test_equal_budgets_by_flags(recorded, tmp_path, capsys):
+    """--steps leaves out later checkpoints, --lr other runs; where nothing is left, one line."""
+    fast = write_run(tmp_path / "fast", "ipo.py", [judged(2, 1.0, 0.9)], data="golden.jsonl", lr=.1)
+    words = [*recorded[:2], fast, "--figure", "fig1", "--out", f"{tmp_path}/f.png"]
+    for more, found in (([], [2, 4, 2, 4, 2]), (["--steps", "3"], [2, 2, 2]),
+                        (["--lr", "1e-3"], [2, 4, 2, 4]), (["--lr", ".1", "--steps", "2"], [2])):
+        plots.main(plots.parse_args([*words, *more]))
+        table = table_of(tmp_path / "f-checkpoints.csv")
+        assert [int(r["step"]) for r in table if r["step"] != "0"] == found
+    with pytest.raises(SystemExit):
+        plots.main(plots.parse_args([*words, "--lr", "5"]))
+    assert "no checkpoints of --lr 5.0" in capsys.readouterr().err
+
+
+def test_worlds_share_nothing():
+    """Ten worlds of 22 commands: each draws by its own seed, and reads and writes its own alone."""
+    stages, drawn = study.experiments(args_of("--scale", "worlds"))
+    assert len(stages) == 220 and len(drawn["toy", "worlds"]) == 150
+    for makes, words in stages.items():
+        world = makes.split("/")[2]
+        paths = [w for w in words if w.startswith(("data/", "runs/"))]
+        assert {path.split("/")[2] for path in paths} == {world}
+        assert study.value_of(words, "--seed", world if "label" in words else None) == world
+    assert {makes.split("/")[2] for makes in stages} == {str(i) for i in range(1, 11)}
 
 
 def test_figures_from_stored_checkpoints(recorded, tmp_path):
