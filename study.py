@@ -5,6 +5,7 @@
     python study.py --scale toy --only fig4       # one figure and what it needs
     python study.py --scale hard --jobs 2         # the main ones, of people whose taste is hard
     python study.py --scale worlds --jobs 2       # the main claim, everything drawn anew ten times
+    python study.py --scale worlds --worlds 3 --only fig10 fig11 fig14  # policy sizes, in three
     python study.py --scale smol                  # the main claim on a real model: minutes, one GPU
     python study.py --scale gpu                   # the same on 0.5B and a real task: a night
     python study.py --scale paper --list          # the commands, in order, on real data and models
@@ -63,7 +64,8 @@ def figures(scale):
     fig1 = each(seeds, betas, [online]) + sweep
     fig4 = fig1 + each(seeds, betas, [shuffled])
     fig5 = fig1 + each(seeds, [{"pairs": "final-vs-final"}], betas)
-    fig10 = each(sizes, seeds, [online, shuffled, long])
+    ends = [{"beta": beta} for beta in sorted({min(scale["betas"]), scale["beta"]})]
+    fig10 = each(sizes, seeds, ends, [online, shuffled]) + each(sizes, seeds, ends, lrs, [long])
     return {
         "main": each(betas, [online, long], seeds),
         "fig1": fig1, "fig4": fig4,
@@ -157,6 +159,7 @@ def parse_args(argv=None):
     p.add_argument("--jobs", type=int, help="commands at once, which share the cores (default: as "
                    "many as cores, at most 8; gpu, paper: 1)")
     p.add_argument("--seed", type=int, default=0, help="another draw of everything")
+    p.add_argument("--worlds", type=int, help="of --scale worlds the first so many")
     p.add_argument("--list", type=int, nargs="?", const=0, metavar="WAVE",
                    help="print the commands, or those of one wave, and run nothing")
     p.add_argument("--policy", nargs="+", metavar="MODEL", help="all but toy: policies by size "
@@ -306,7 +309,7 @@ class Study:
 def experiments(args):
     """({path: its command}, in dependency order; {(task, figure): what it draws})."""
     stages, drawn = {}, {}
-    for world in SCALES[args.scale].get("worlds", [None]):
+    for world in SCALES[args.scale].get("worlds", [None])[:args.worlds]:
         scale = scale_of(args, world)
         chosen = args.only or scale.get("figures", [n for n in EXPERIMENTS if n != "main"])
         for task in scale["tasks"]:
@@ -323,8 +326,9 @@ def main(args):
     if args.policy and len(args.policy) != sizes:
         plots.stop(f"--policy: {args.scale} needs {sizes}, by size")
     jobs = args.jobs if args.jobs is not None else min(CORES, 8) if "toy" in scale["tasks"] else 1
-    if jobs < 1:
-        plots.stop(f"--jobs {jobs} is out of range")
+    for name, value in (("jobs", jobs), ("worlds", args.worlds)):
+        if value is not None and value < 1:
+            plots.stop(f"--{name} {value} is out of range")
     stages, drawn = experiments(args)
     if args.list is not None:
         found = waves(stages)

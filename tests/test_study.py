@@ -650,6 +650,8 @@ def test_worlds_share_nothing():
     """Ten worlds of 22 commands: each draws by its own seed, and reads and writes its own alone."""
     stages, drawn = study.experiments(args_of("--scale", "worlds"))
     assert len(stages) == 220 and len(drawn["toy", "worlds"]) == 150
+    three = study.experiments(args_of("--scale", "worlds", "--worlds", "3"))[0]
+    assert list(three) == list(stages)[:66]
     for makes, words in stages.items():
         world = makes.split("/")[2]
         paths = [w for w in words if w.startswith(("data/", "runs/"))]
