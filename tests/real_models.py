@@ -6,10 +6,12 @@ PAIRS: as tasks.py writes them. One should see a line a check, each `ok`; the st
 is BROKEN. What the checks at a start cost is only told, and rough. It takes minutes.
 """
 import contextlib
+import copy
 import io
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from timeit import timeit
 
@@ -19,6 +21,7 @@ from test_data import limits
 from test_logps import brute_force
 
 import dpo
+import gold_eval
 import online_rlhf
 
 FLAGS = "--max-prompt-tokens 128 --max-response-tokens 48 --steps 2 --batch-size 4 --warmup 1"
@@ -105,6 +108,64 @@ def check_training(name, path, out):
     return two["seconds"]
 
 
+def check_precision(start, pairs, steps=20, size=4):
+    """bf16 products beside fp32 and fp64: losses of DPO side by side, then what they are made of.
+
+    h and the gradient are those of the policy that fp32 has trained, on pairs that it has not seen.
+    """
+    beta, trained, losses = 0.1, {}, {}
+    batches = [pairs[i * size:][:size] for i in range(steps + 1)]
+    last = batches.pop()
+    for bf16 in (False, True):
+        dpo.autocast.keywords["enabled"] = bf16
+        policy = copy.deepcopy(start)
+        optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
+        with dpo.autocast():
+            refs = [dpo.batch_logps(policy, dpo.pair_logps, some, 1024) for some in batches]
+        rows = []
+        for some, ref in zip(batches, refs, strict=True):
+            rows.append(dpo.preference_step(policy, dpo.pair_logps, partial(
+                dpo.dpo_loss, beta=beta), some, ref, beta, 1024))
+            dpo.optimizer_step(policy, optimizer, 1e-5, "")
+        trained[bf16], losses[bf16] = policy, torch.tensor([row["loss"] for row in rows])
+        tell(rows[0]["rewards/margins"] == 0, f"first reward, {bf16=}", "0")
+    dpo.autocast.keywords["enabled"], policy, found = False, trained[False], {}
+    gap = (losses[True] - losses[False]).abs()
+    beside = ", ".join(f"{a:.3f} {b:.3f}" for a, b in zip(*losses.values(), strict=True))
+    tell(gap.mean() < 0.05, f"{steps} steps of {size} pairs", f"losses in fp32 and bf16: {beside}; "
+         f"gap {gap.mean():.4f}, at most {gap.max():.4f}")
+    for kind in ("fp64", "fp32", "bf16"):
+        for model in (start, policy):
+            model.double() if kind == "fp64" else model.float()
+        policy.zero_grad()
+        logps_of = brute_force if kind == "fp64" else dpo.pair_logps
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
+            with torch.no_grad():
+                ref = logps_of(start, last)
+            logps = logps_of(policy, last)
+        dpo.dpo_loss(logps, ref, beta).mean().backward()
+        h = (logps - ref)[0] - (logps - ref)[1]
+        found[kind] = logps.detach(), h.detach(), torch.cat(
+            [x.grad.flatten() for x in policy.parameters()]).double()
+        if kind == "fp64":
+            kl = [sum((p.exp() * (p - q)).sum() for p, q in zip(*(
+                m(torch.tensor([x + y])).logits[0, len(x) - 1:-1].double().log_softmax(-1)
+                for m in (policy, start)), strict=True)).item() for x, y, _ in last]
+    (logps, h, gradient), head = found.pop("fp64"), start.get_output_embeddings().weight.shape
+    for kind, some in found.items():
+        off = (some[0] - logps).abs()
+        cosine = torch.cosine_similarity(some[2], gradient, dim=0).item()
+        tell(cosine > 0.98, f"{kind} beside fp64, head {[*head]}", f"log-probs of "
+             f"{-logps.max():.0f} to {-logps.min():.0f} nats off by {off.mean():.1e}, at most "
+             f"{off.max():.1e}; h of {h.abs().mean():.2f} by {(some[1] - h).abs().mean():.1e}, at "
+             f"most {(some[1] - h).abs().max():.1e}; gradient's cosine {cosine:.5f}")
+    rows = [pair[:2] for pair in last]
+    found = gold_eval.response_kl(policy.float(), start.float(), rows, 1024)
+    off = (found - torch.tensor(kl)).abs().max()
+    tell(off < 1e-3, "exact KL beside fp64", f"of {min(kl):.3f} to {max(kl):.3f} nats off by at "
+         f"most {off:.1e}")
+
+
 def main(name, path, out):
     began, small, ids = time.time(), f"{out}/pairs.jsonl", torch.arange(8)[None]
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -115,6 +176,7 @@ def main(name, path, out):
     with torch.no_grad():
         check_logps(model, [*pairs[:3], (long, *pairs[0][1:])])
         check_sampling(model, tok, [pairs[n][0][-n:] for n in (9, 30, 128)] + [long[40:], long])
+    check_precision(model, quietly(dpo.load_pairs, small, tok, limits(128, 128))[0])
     step = check_training(name, small, out)
     for check, work in {
             "load_model": lambda: [model(ids[:, :n], use_cache=False) for n in (8, 4)],
