@@ -64,8 +64,7 @@ def figures(scale):
     fig1 = each(seeds, betas, [online]) + sweep
     fig4 = fig1 + each(seeds, betas, [shuffled])
     fig5 = fig1 + each(seeds, [{"pairs": "final-vs-final"}], betas)
-    ends = [{"beta": beta} for beta in sorted({min(scale["betas"]), scale["beta"]})]
-    fig10 = each(sizes, seeds, ends, [online, shuffled]) + each(sizes, seeds, ends, lrs, [long])
+    fig10 = each(sizes, seeds, [low], [online, shuffled]) + each(sizes, seeds, [low], lrs, [long])
     return {
         "main": each(betas, [online, long], seeds),
         "fig1": fig1, "fig4": fig4,

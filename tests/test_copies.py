@@ -79,7 +79,7 @@ def test_every_flag_is_read(path):
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
     "dpo.py": (748, 268), "ipo.py": (748, 268), "slic.py": (753, 273), "bo2.py": (726, 246),
     "sft.py": (693, 213), "online_rlhf.py": (1121, 421), "reward.py": (938, 314),
-    "gold_eval.py": (687, 249), "tasks.py": (520, 520), "study.py": (539, 539),
+    "gold_eval.py": (687, 249), "tasks.py": (520, 520), "study.py": (538, 538),
     "plots.py": (876, 876)}
 
 

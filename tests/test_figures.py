@@ -478,9 +478,9 @@ def test_each_experiment_reads_what_the_paper_says(s):
     fig1 = [online(*at) for at in settings] + sweep
     fig4 = fig1 + [stream(*at) for at in settings]
     fig5 = fig1 + two("final", "final")
-    fig10 = [run for seed in s.seeds for size in range(3) for beta in {low, 0.1} for run in (
-        online(seed, beta, size=size), stream(seed, beta, size=size),
-        *(offline(seed, beta, lr=lr, steps=s.long, size=size) for lr in s.lrs))]
+    fig10 = [run for seed in s.seeds for size in range(3) for run in (
+        online(seed, low, size=size), stream(seed, low, size=size),
+        *(offline(seed, low, lr=lr, steps=s.long, size=size) for lr in s.lrs))]
     weak = [(seed, ("train", sft, *s.proxy, seed, d_golden if share == 1 else ("initial.jsonl", (
         "tasks", "file", s.pairs // share, s.pairs // share * seed, "easy", None, None, d_golden))))
         for share in (256, 16, 4, 1) for seed in s.seeds]
