@@ -25,7 +25,7 @@ import os
 import re
 import sys
 from collections import namedtuple
-from itertools import cycle, product
+from itertools import combinations, cycle, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -371,12 +371,13 @@ def gaps(axes, runs, measure):
 
 
 def worlds(axes, runs, measure):
-    """Online minus the others at equal KL, over worlds: means and 95% intervals, a dot a world."""
+    """Each side minus another at equal KL, over worlds: means, 95% intervals, a dot a world."""
     measure = measure.removesuffix(" gap")
-    online, *others = sorted(groups_of(runs), key=lambda group: group.source != "online")
-    for i, other in enumerate(others):
-        title = f"{online.label} - {other.label}"
-        for (kind, kl), gaps in world_gaps(online.runs, other.runs, measure).items():
+    groups = sorted(groups_of(runs), key=lambda group: group.source != "online")
+    for i, (one, other) in enumerate(combinations(groups, 2)):
+        title = f"{one.label} - {other.label}"
+        colour = other.colour if one.source == "online" else "0.4"
+        for (kind, kl), gaps in world_gaps(one.runs, other.runs, measure).items():
             if not len(gaps):
                 continue
             mean, low, high = interval(gaps, chosen=kind == "frontier")
@@ -385,13 +386,14 @@ def worlds(axes, runs, measure):
                    "least": gaps.min(), "most": gaps.max()}
             if kl == "mean":
                 label = f"{title}, {kind}: mean {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-                axes.plot([], [], "o" if kind == "single" else "_", color=other.colour, label=label)
+                axes.plot([], [], "o" if kind == "single" else "_", color=colour, label=label)
                 continue
-            x = kl * 1.07 ** (2 * i + (kind == "frontier"))
-            axes.errorbar(x, mean, [[mean - low], [high - mean]], capsize=2, color=other.colour,
-                          marker="o" if kind == "single" else "_", markersize=5)
+            x = kl * 1.04 ** (2 * i + (kind == "frontier"))
+            ends = [[mean - low], [high - mean]] if len(gaps) > 2 else None  # of two: too long
+            axes.errorbar(x, mean, ends, capsize=2, color=colour, markersize=5,
+                          marker="o" if kind == "single" else "_")
             if kind == "single":
-                axes.plot([x] * len(gaps), gaps, ".", color=other.colour, markersize=3, alpha=0.4)
+                axes.plot([x] * len(gaps), gaps, ".", color=colour, markersize=3, alpha=0.4)
     axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
 
 
@@ -584,8 +586,8 @@ MEASURES = {  # y axes
     "gold/accuracy_golden": "accuracy on D_golden", "gold/accuracy_self": "accuracy on own samples",
     "gold/chosen_logratio": "mean log-ratio of chosen, D_golden",
     "gap": "online minus other (above 0: better)",
-    "gold/win_rate gap": "win rate: online minus other", "toy/utility gap":
-    "hidden utility: online minus other",
+    "gold/win_rate gap": "difference in win rate",
+    "toy/utility gap": "difference in hidden utility",
     "peak": "90% quantile of win rate", "peak gap": "90% quantile of win rate, minus online's",
     "step_seconds": "seconds a step, mean and range of runs",
     "loss": "training loss, mean of 10 steps", "accuracy_online": "accuracy on D_online"}
@@ -623,7 +625,7 @@ FIGURES = {  # name: what `draw` makes it of; win rate over KL where nothing els
     "refresh": dict(title="How online is online enough? Responses sampled anew every K steps",
                     panels=[WIN_RATES, (over_refresh, REFRESH, "gold/win_rate"),
                             (step_seconds, REFRESH, "step_seconds")]),
-    "worlds": dict(title="Everything drawn anew: online minus others at equal KL", panels=[
+    "worlds": dict(title="Everything drawn anew: who is ahead at equal KL", panels=[
         (worlds, LOG_KL, "gold/win_rate gap"), (worlds, LOG_KL, "toy/utility gap")], split=None),
     "proxies": dict(title="Online's proxy from fewer pairs", panels=[WIN_RATES, GAPS], width=5.6),
 }
