@@ -776,7 +776,7 @@ def source_of(args):
         return " ".join(name.removesuffix(".jsonl").split("-")[:3])
     if not name.startswith("stream.jsonl"):
         return "offline"
-    window = 1 if args.get("order") == "kept" else args["shuffle_window"]  # older runs had --order
+    window = args["shuffle_window"]
     return {0: "shuffled", 1: "in order"}.get(window, f"windows of {window}")
 
 
@@ -842,9 +842,6 @@ def read_checkpoints(path):
     try:
         with open(path, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
-                if "proxy_accuracy" not in row:  # an older file has it behind the name
-                    row["proxy"], _, found = row["proxy"].partition(" (")
-                    row["proxy_accuracy"] = found.removesuffix(")")
                 numbers = {key: float(row[key]) if row[key] else None for key in ("beta", "lr")}
                 run = runs.setdefault(row["run"], {key: row[key] for key in SETTINGS} | numbers | {
                     "name": row["run"], "seed": int(row["seed"]), "rows": [], "start": []})

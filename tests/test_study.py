@@ -347,11 +347,10 @@ def test_matched_gap_by_hand(recorded):
 def test_sources_of_runs(tmp_path):
     rows = [judged(2, 1.0, 0.3)]
     free, stream = dict(shuffle_window=0), "runs/a/stream.jsonl"
-    older = dict(order="kept", shuffle_window=0), dict(order="shuffled", shuffle_window=4)
-    cases = [("golden.jsonl", free, "offline"), ("golden.jsonl", older[0], "offline"),
+    cases = [("golden.jsonl", free, "offline"), ("golden.jsonl", dict(shuffle_window=4), "offline"),
              ("data/sft-vs-early-s2.jsonl", free, "sft vs early"), (stream, free, "shuffled"),
-             (stream, dict(shuffle_window=1), "in order"), (stream, older[0], "in order"),
-             (stream, older[1], "windows of 4")]  # with --order, which is gone
+             (stream, dict(shuffle_window=1), "in order"),
+             (stream, dict(shuffle_window=4), "windows of 4")]
     for i, (data, order, source) in enumerate(cases):
         run = plots.read_run(write_run(tmp_path / str(i), "dpo.py", rows, data=data, **order))
         assert (run["source"], run["loss"]) == (source, "dpo")
