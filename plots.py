@@ -353,7 +353,7 @@ def gaps(axes, runs, measure):
         found = matched_gap(online.runs, other.runs, [0.5, 1, 2, 3, 5, 8, 13, 20, 30])
         title, colour = f"{online.label} - {other.label}", (online if several else other).colour
         for kl, values in found.items():
-            row = {"comparison": title, "kl": kl} | values._asdict()
+            row = {"comparison": title, "model": other.model, "kl": kl} | values._asdict()
             for name, group in (("online", online), ("other", other)) if kl != "mean" else ():
                 row[f"{name}_single_kl"], row[f"{name}_single"] = best_within(group.runs, kl)
             yield row
