@@ -180,7 +180,7 @@ def scale_of(args, world=None):
                  for kind in ("sft", "gold", "proxy")}
         scale = scale | short | dict(
             seeds=[0], betas=[scale["beta"]], steps=args.steps, long=args.steps, prompts=4,
-            evaluations=1, train=scale["train"] | dict(batch_size=2))
+            golden_steps=args.steps, evaluations=1, train=scale["train"] | dict(batch_size=2))
     name = args.scale + (f"-s{args.seed}" if args.seed else "")
     name, seed = (name, args.seed) if world is None else (f"{name}/{world}", args.seed + world)
     folders = {task: f"{name}/{task}" if len(scale["tasks"]) > 1 else name
