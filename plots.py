@@ -273,8 +273,7 @@ def ways_at(runs, kls, measure="gold/win_rate"):
 
 
 def ways(axes, runs, measure):
-    """The way from SFT of each side and beta: of several seeds mean and range, as far as two get.
-    """
+    """The way from SFT of each side and beta: of several seeds mean and range, as far as two go."""
     shapes = shapes_of(r["beta"] for r in runs)
     lines = dict(zip(reversed(shapes), cycle(("-", "--", ":")), strict=False))  # solid: the largest
     for group in groups_of(runs):

@@ -282,6 +282,7 @@ def test_gaps_by_hand(make, draw):
     ipo, dpo = "online IPO - offline IPO", "online DPO - offline DPO"
     assert pick(rows, "comparison", "kl") == [(c, kl) for c in (ipo, dpo)
                                               for kl in (1, 2, 3, "mean")]
+    assert {r["model"] for r in rows} == {"sft"}  # sft-2 has nothing to be compared with
     ratio = 4 ** (1 / 199)
     mean = (ratio**200 - 1) / 200 / (ratio - 1)  # KL over even log KLs from 1 to 4
     for r, kl in zip(rows, (1, 2, 3, mean), strict=False):

@@ -369,9 +369,10 @@ def test_gpu_scale_lists_its_hours_and_rehearses(capsys):
     *commands, total = capsys.readouterr().out.splitlines()
     each = [float(line.split("# about ")[1].split()[0]) for line in commands]
     assert abs(sum(each) - int(total.split()[2])) < 0.05 * len(each) + 1
-    stages, _ = study.experiments(args_of("--scale", "gpu", "--steps", "3", "--policy", "a"))
-    assert {study.value_of(words, "--steps", "3") for words in stages.values()} == {"3"}
-    assert {study.value_of(words, "--batch-size", "2") for words in stages.values()} == {"2"}
+    for scale in ("smol", "gpu"):
+        stages, _ = study.experiments(args_of("--scale", scale, "--steps", "3", "--policy", "a"))
+        assert {study.value_of(words, "--steps", "3") for words in stages.values()} == {"3"}
+        assert {study.value_of(words, "--batch-size", "2") for words in stages.values()} == {"2"}
     assert study.value_of(stages["runs/gpu/sft/final"], "--model") == "a"
     with pytest.raises(SystemExit) as end:
         study.main(args_of("--scale", "gpu", "--policy", "a", "b"))
@@ -556,12 +557,17 @@ def test_worlds_by_hand():
     assert {kl: gaps.tolist() for (kind, kl), gaps in found.items() if kind == "single"} == {
         1: pytest.approx([0.1, 0.3]), 2: pytest.approx([0.2, 0.3]), 3: [], 5: [], 13: [],
         8: pytest.approx([0.2]), "mean": pytest.approx([0.5 / 3, 0.3])}
-    figure, rows = plots.draw(runs, **plots.FIGURES["worlds"])
-    (row,) = [r for r in rows if (r["measure"], r["kind"], r["kl"]) == (
-        "gold/win_rate", "single", 2)]
+    shuffled = [run | {"source": "shuffled", "rows": [
+        r | {"gold/win_rate": r["gold/win_rate"] - 0.05} for r in run["rows"]]} for run in offline]
+    figure, rows = plots.draw(runs + shuffled, **plots.FIGURES["worlds"])
+    found = {r["comparison"]: r for r in rows if (r["measure"], r["kind"], r["kl"]) == (
+        "gold/win_rate", "single", 2)}
+    row = found["online - offline"]
     assert (row["worlds"], row["above"]) == (2, 2)  # s = .05 * 2^.5, independent: s / 2^.5
     assert [row[k] for k in ("mean", "low", "high")] == pytest.approx(
         [0.25, 0.25 - 12.71 * 0.05, 0.25 + 12.71 * 0.05])
+    assert {name: r["mean"] for name, r in found.items()} == pytest.approx(
+        {"online - offline": 0.25, "online - shuffled": 0.3, "offline - shuffled": 0.05})
     assert {len(axes.lines) > 0 for axes in figure.axes} == {True}
 
 
@@ -665,12 +671,15 @@ def test_equal_budgets_by_flags(recorded, tmp_path, capsys):
     assert "no checkpoints of --lr 5.0" in capsys.readouterr().err
 
 
-def test_worlds_share_nothing():
+def test_worlds_share_nothing(capsys):
     """Ten worlds of 22 commands: each draws by its own seed, and reads and writes its own alone."""
     stages, drawn = study.experiments(args_of("--scale", "worlds"))
     assert len(stages) == 220 and len(drawn["toy", "worlds"]) == 150
     three = study.experiments(args_of("--scale", "worlds", "--worlds", "3"))[0]
     assert list(three) == list(stages)[:66]
+    with pytest.raises(SystemExit):
+        study.main(args_of("--scale", "worlds", "--worlds", "0"))
+    assert "--worlds 0 is out of range" in capsys.readouterr().err
     for makes, words in stages.items():
         world = makes.split("/")[2]
         paths = [w for w in words if w.startswith(("data/", "runs/"))]
