@@ -39,7 +39,6 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
@@ -60,25 +59,12 @@ def parse_args(argv=None):
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     p.add_argument("--shuffle-window", type=int, default=0,
                    help="shuffle within windows of this many batches (0: the whole file, 1: kept)")
-    p.add_argument("--max-prompt-tokens", type=int, default=896, help="longer: cut at left")
-    p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
-    p.add_argument("--chat-kwargs", default="{}", help="JSON: arguments of the chat template")
-    p.add_argument("--skip-refused", action="store_true", help="leave out rows that are refused")
-    p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
-                   default=16384 if DEVICE.type == "cuda" else 1024)
     p.add_argument("--gold", help="golden model, or judge.py: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
-    p.add_argument("--checkpoint-activations", action="store_true",
-                   help="recompute layers in the backward pass: less memory, 1/3 more work")
-    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.add_argument("--seed", type=int, default=0, help="seed of the data order")
-    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="of matrix products; weights are fp32 (auto: bf16 where it is faster)")
-    p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
-    return p.parse_args(argv)
+    return add_flags(p).parse_args(argv)
 
 
 def bo2_loss(logps, ref_logps):
@@ -247,6 +233,25 @@ def main(args):
 
 
 # ==== The lesson ends here. Below is machinery, most of it the same in every script ===============
+def add_flags(p, training=True):
+    """Add the flags of machinery, the same in every script, to the parser `p`; returns it."""
+    p.add_argument("--max-prompt-tokens", type=int, default=896, help="longer: cut at left")
+    p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
+    p.add_argument("--chat-kwargs", default="{}", help="JSON: arguments of the chat template")
+    p.add_argument("--skip-refused", action="store_true", help="leave out rows that are refused")
+    p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
+                   default=16384 if DEVICE.type == "cuda" else 1024)
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="of matrix products; weights are fp32 (auto: bf16 where it is faster)")
+    p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
+    if training:
+        p.add_argument("--checkpoint-activations", action="store_true",
+                       help="recompute layers in the backward pass: less memory, 1/3 more work")
+        p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+        p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    return p
+
+
 @torch.no_grad()
 def load_model(kind, name, args, new=()):
     """(fp32 model, tokenizer) of a run folder, folder or the hub; it may lack the weights `new`."""
@@ -331,7 +336,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     return found.view(query.shape).transpose(1, 2), None
 
 
-if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
+if AttentionInterface()["sdpa"] is sdpa_attention_forward:
     AttentionInterface.register("sdpa", attend)
 
 
@@ -518,33 +523,27 @@ def turn_end(tokenizer):
 
 # ---- run folder ----------------------------------------------------------------------------------
 def open_run(args):
-    """Make the run folder and args.json; refuse a finished run, and a started one unasked."""
-    given = {"script": os.path.basename(__file__), **vars(args)}
-    for name, value in vars(args).items():  # what a file holds is as much a flag as its name
-        files = [x for x in (value if isinstance(value, list) else [value]) if x and name != "out"]
-        for path in filter(os.path.isfile, map(str, files)):
+    """Make the run folder; refuse a finished run, and a started one unasked or with other flags."""
+    for value in [*vars(args).values()]:  # what a file holds is as much a flag as its name
+        for path in filter(os.path.isfile, map(str, value if isinstance(value, list) else [value])):
             with open(path, "rb") as f:
-                given[f"checksum of {path}"] = zlib.crc32(f.read())
+                vars(args)[f"checksum of {path}"] = zlib.crc32(f.read())
+    args.script = os.path.basename(__file__)
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
-    if not os.path.exists(f"{args.out}/metrics.jsonl"):
-        os.makedirs(args.out, exist_ok=True)
-        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-        with open(f"{args.out}/args.json" if RANK == 0 else os.devnull, "w") as f:
-            json.dump(given | {"torch": torch.__version__, "device": device,
-                               "transformers": transformers.__version__}, f)
-    elif not args.resume:
-        fail(f"{args.out} exists; go on with --resume, or choose another --out")
-    else:
+    log = f"{args.out}/metrics.jsonl"
+    if os.path.exists(log) and os.path.getsize(log):
+        if not args.resume:
+            fail(f"{args.out} exists; go on with --resume, or choose another --out")
         started, = read_jsonl(f"{args.out}/args.json")
         if args.precision == "auto":  # as it was decided then
-            given["precision"] = started.get("precision")
-            args.precision = given["precision"] or "auto"
+            args.precision = started.get("precision")
         free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
-        changed = [f"{k} ({started.get(k)}, now {v})" for k, v in given.items()
+        changed = [f"{k} ({started.get(k)}, now {v})" for k, v in vars(args).items()
                    if k not in free and started.get(k) != v]
         if changed:
             fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
+    os.makedirs(args.out, exist_ok=True)  # now: what it lacks is to be known before the work
     if args.warmup > args.steps:
         print(f"--warmup {args.warmup} is longer than the run: --lr will not be reached")
     if getattr(args, "baseline", None) and not args.gold:
@@ -575,12 +574,6 @@ def training_steps(args, model, optimizer, evaluate=None, **kept):
                     tensor.copy_(found)
         except (SafetensorError, RuntimeError, AttributeError) as e:
             fail(f"{path} is damaged or of another model ({e}); remove {args.out} to start over")
-    given = f"{args.out}/args.json"
-    started, = read_jsonl(given) if RANK == 0 else [vars(args)]  # the others must not read it now
-    if started.get("precision") != args.precision:  # `auto` is decided by now
-        with open(f"{given}.tmp", "w") as f:
-            json.dump(started | {"precision": args.precision}, f)
-        os.replace(f"{given}.tmp", given)
     logs = {name: f"{args.out}/{name}.jsonl" for name in ("metrics", "samples", "stream")}
     log = open(logs["metrics"] if RANK == 0 else os.devnull, "a", buffering=1)
     try:
@@ -589,6 +582,12 @@ def training_steps(args, model, optimizer, evaluate=None, **kept):
             fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as the log is open
     except OSError:
         fail(f"another process is training into {args.out}")
+    if RANK == 0 and not saved["done"]:  # all that decides the run, also what `auto` became
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+        with open(f"{args.out}/args.json.tmp", "w") as f:
+            json.dump(vars(args) | {"torch": torch.__version__, "device": device,
+                                    "transformers": transformers.__version__}, f)
+        os.replace(f"{args.out}/args.json.tmp", f"{args.out}/args.json")
     for name in [x for x in logs if os.path.exists(logs[x])]:
         if os.path.getsize(logs[name]) < saved.get(name, 0):
             fail(f"{logs[name]} is shorter than it was; mend it, or remove {args.out}")

@@ -50,6 +50,7 @@ from reward import (
     DEVICE,
     RANK,
     RANKS,
+    add_flags,
     attend,
     autocast,
     fail,
@@ -89,18 +90,8 @@ def parse_args(argv=None):
         p.add_argument("--model", required=True, help="policy: run folder, folder or hub name")
         p.add_argument("--data", required=True, help="pairs (jsonl, jsonl.gz)")
         p.add_argument("--out", required=True, help="file to write")
-        p.add_argument("--max-prompt-tokens", type=int, default=896, help="longer: cut at left")
-        p.add_argument("--max-response-tokens", type=int, default=128, help="longer: cut at right")
-        p.add_argument("--chat-kwargs", default="{}", help="JSON: arguments of the chat template")
-        p.add_argument("--skip-refused", action="store_true",
-                       help="leave out rows that are refused")
-        p.add_argument("--tokens-per-microbatch", type=int, help="lower saves memory",
-                       default=16384 if DEVICE.type == "cuda" else 1024)
         p.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-        p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                       help="of matrix products; weights are fp32 (auto: bf16 where it is faster)")
-        p.add_argument("--trust-remote-code", action="store_true",
-                       help="run code that --model ships")
+        add_flags(p, training=False)
     return parser.parse_args(argv)
 
 

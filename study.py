@@ -5,7 +5,7 @@
     python study.py --scale toy --only fig4       # one figure and what it needs
     python study.py --scale hard --jobs 2         # the main ones, of people whose taste is hard
     python study.py --scale worlds --jobs 2       # the main claim, everything drawn anew ten times
-    python study.py --scale worlds --worlds 2 --only fig10 fig11 fig14  # policy sizes, in two
+    python study.py --scale worlds --worlds 3 --only fig10 fig11 fig14  # policy sizes, in three
     python study.py --scale smol                  # the main claim on a real model: minutes, one GPU
     python study.py --scale gpu                   # the same on 0.5B and a real task: a night
     python study.py --scale paper --list          # the commands, in order, on real data and models

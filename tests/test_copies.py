@@ -77,10 +77,10 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (748, 268), "ipo.py": (748, 268), "slic.py": (753, 273), "bo2.py": (726, 246),
-    "sft.py": (693, 213), "online_rlhf.py": (1121, 421), "reward.py": (938, 314),
-    "gold_eval.py": (687, 249), "tasks.py": (520, 520), "study.py": (538, 538),
-    "plots.py": (875, 875)}
+    "dpo.py": (747, 254), "ipo.py": (747, 254), "slic.py": (752, 259), "bo2.py": (725, 232),
+    "sft.py": (692, 199), "online_rlhf.py": (1121, 408), "reward.py": (936, 299),
+    "gold_eval.py": (678, 240), "tasks.py": (520, 520), "study.py": (538, 538),
+    "plots.py": (874, 874)}
 
 
 def test_no_script_outgrows_its_budget():

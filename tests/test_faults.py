@@ -304,7 +304,6 @@ def test_logs_are_cut_back_to_the_checkpoint(toy, tmp_path, capsys):
 
     def two_steps():
         out.mkdir(exist_ok=True)
-        (out / "args.json").write_text("{}")
         model = tiny()
         steps = dpo.training_steps(args, model, torch.optim.AdamW(model.parameters()))
         for step, metrics in steps:

@@ -113,8 +113,6 @@ def held_after_a_step(folder):
     importlib.reload(dpo)  # it is one of several now
     args = SimpleNamespace(out=f"{folder}/saved", steps=1, save_every=1, precision="fp32")
     os.makedirs(args.out, exist_ok=True)
-    with open(f"{args.out}/args.json", "w") as f:
-        f.write("{}")
 
     def main(args):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -72,19 +72,16 @@ def test_args_hold_what_auto_decided(toy, tmp_path):
         assert json.load(f)["precision"] == ("bf16" if torch.cuda.is_available() else "fp32")
 
 
-def test_args_are_rewritten_whole_and_by_the_first_process(toy, tmp_path, monkeypatch):
-    """A write that fails halfway leaves them as they were; another process does not read them."""
-    dump, calls = json.dump, []
-
-    def half(given, f):
-        calls.append(f.name)
-        dump(given, f) if len(calls) == 1 else f.write("{") and 1 / 0
-
-    monkeypatch.setattr(ipo.json, "dump", half)
-    with pytest.raises(ZeroDivisionError):
-        offline(toy, "ipo", f"{tmp_path}/r", steps=1)
+def test_args_are_written_whole_and_by_the_first_process(toy, tmp_path, monkeypatch):
+    """Where they could not be written, the run begins anew without --resume."""
+    with monkeypatch.context() as m:
+        m.setattr(ipo.json, "dump", lambda given, f: f.write("{") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            offline(toy, "ipo", f"{tmp_path}/r", steps=1)
+    assert not (tmp_path / "r/args.json").exists()
+    offline(toy, "ipo", f"{tmp_path}/r", steps=1)
     (args,) = rows_of(f"{tmp_path}/r/args.json")
-    assert args["precision"] == "auto" and len(calls) == 2
+    assert args["script"] == "ipo.py" and args["steps"] == 1 and "torch" in args
     monkeypatch.setattr(ipo, "RANK", 1)
     model = torch.nn.Linear(1, 1)
     steps = ipo.training_steps(SimpleNamespace(out=f"{tmp_path}/none", precision="fp32", steps=1),

@@ -245,7 +245,6 @@ def test_a_template_with_a_date_gives_the_same_ids_every_day(tmp_path):
 def test_resume_where_a_weight_never_had_a_gradient(tmp_path):
     """A vision tower, say: it is saved and loaded as the others, and stays as it was."""
     args, saved = SimpleNamespace(out=str(tmp_path), steps=9, save_every=1, precision="fp32"), []
-    (tmp_path / "args.json").write_text("{}")
     for model in (tiny(), tiny(seed=1)):
         model.tower = torch.nn.Linear(3, 3)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
