@@ -8,9 +8,9 @@
 Copy this file anywhere: it imports nothing of ours (only with --gold gold_eval.py and reward.py).
 A line of --data is {"prompt": ..., "chosen": ..., "rejected": ...}: texts, or chat messages. Read
 `main` first, then `plain_logps`, `dpo_loss`, `preference_step`; `pair_logps` is the same, faster.
-The reference is the policy at the start: its log-probs are computed once, before training. They are
-summed over response tokens, the end included. Dropout stays off. Shapes: B pairs, T tokens a row, N
-response tokens, V vocabulary. The lesson ends with `main`; what is below it every script has.
+The reference is the policy at the start: its log-probs are computed once, before training. All
+log-probs are summed over response tokens, the end included. Dropout stays off. Shapes: B pairs, T
+tokens a row, N response tokens of all rows, V vocabulary. Below `main` is what all scripts need.
 
 MIT licence. `diff dpo.py ipo.py` shows another loss, `diff dpo.py online_rlhf.py` on-policy data.
 """
@@ -44,7 +44,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 24)  # in fp32 256 MB; on CPU 64 MB
 # products in bf16, over fp32 master weights, where `load_model` finds --precision bf16
 autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
@@ -54,18 +54,18 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model", required=True, help="start and reference: run or model folder, hub")
-    p.add_argument("--data", required=True, help="pairs, or a stream of token ids (jsonl[.gz])")
+    p.add_argument("--data", required=True, help="pairs, or an online run's stream.jsonl[.gz]")
     p.add_argument("--out", required=True, help="run folder to write")
     p.add_argument("--steps", type=int, default=4000, help="gradient steps")
-    p.add_argument("--batch-size", type=int, default=32, help="prompts per step, one pair each")
+    p.add_argument("--batch-size", type=int, default=32, help="pairs per step")
     p.add_argument("--lr", type=float, default=1e-5, help="learning rate, constant after warm-up")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     p.add_argument("--beta", type=float, default=0.1, help="larger keeps closer to the reference")
     p.add_argument("--shuffle-window", type=int, default=0,
-                   help="shuffle within windows of this many batches (0: the whole file, 1: kept)")
+                   help="shuffle within windows of so many batches (0: the whole file, 1: none)")
     p.add_argument("--gold", help="golden model, or judge.py: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
-    p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --data)")
+    p.add_argument("--eval-data", help="pairs to classify in evaluation (if none: --data)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
     p.add_argument("--seed", type=int, default=0, help="seed of the data order")
     return add_flags(p).parse_args(argv)
@@ -86,6 +86,7 @@ def plain_logps(model, pairs):
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
     keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
+    # padding is on the right, so that a causal model needs no mask; some ignore logits_to_keep
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
     nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
                            reduction="none")  # column t predicts t + 1; 0 where a label is -100
@@ -123,8 +124,8 @@ def pack_pairs(pairs, device):
 def pair_logps(model, pairs):
     """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
-    The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
-    once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
+    The vocabulary projection runs on response positions only. Its (N, V) logits are made chunk by
+    chunk, of LOGITS_AT_ONCE numbers, and in the backward pass again for all chunks but the last.
     """
     ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
     hidden = model.base_model(
@@ -190,7 +191,7 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
     """Accumulate the gradient of the batch's mean loss, micro-batch by micro-batch.
 
     Returns means over the batch by TRL's names. Implicit rewards are beta * (logps - ref_logps),
-    for the metrics alone; where beta is None (Bo2) there are none. Equal ones count as wrong.
+    for the metrics alone; where beta is None (Bo2) there are none. Two equal ones count as wrong.
     """
     losses, logps = torch.zeros(len(pairs)), torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
@@ -242,7 +243,7 @@ def main(args):
                                                  args.tokens_per_microbatch)
     loss_fn = partial(dpo_loss, beta=args.beta)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
-    # loads a checkpoint, if there is one, into all of these; logs what we add to `metrics`
+    # first loads a checkpoint, if there is one, into its arguments; after each turn logs `metrics`
     for step, metrics in training_steps(args, policy, optimizer, evaluate, ref_logps=ref_logps):
         rows = batches[step - 1]
         metrics.update(preference_step(
@@ -282,8 +283,9 @@ def load_model(kind, name, args, new=()):
     path = f"{name}/final" if os.path.isdir(f"{name}/final") else name
     remote = {"trust_remote_code": args.trust_remote_code}
     if not os.path.isdir(path):  # at once: the hub's retries take half a minute
-        ours = path.count("/") > 1 or os.path.isdir(os.path.dirname(path))
-        (fail if ours else print)(f"{name}: no such folder{'' if ours else '; asking the hub'}")
+        if path.count("/") > 1 or os.path.isdir(os.path.dirname(path)):
+            fail(f"{name}: no such folder")
+        print(f"{name}: no such folder; asking the hub")
     try:
         model, found = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -292,7 +294,7 @@ def load_model(kind, name, args, new=()):
         if "MistralCommon" in type(tokenizer).__name__:
             raise ValueError("the package mistral-common hides its chat template: uninstall that")
         ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
-        whole, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
+        long, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
                         for n in (8, 4))
         lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
         tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
@@ -303,7 +305,7 @@ def load_model(kind, name, args, new=()):
                     for key in found["unexpected_keys"]), "it is quantised"),
                 (lost, f"{len(lost)} weights are not there in their shape and by their name (is "
                  f"there a prefix, as module. or base_model.model.?): {sorted(lost)[:2]}"),
-                (not (whole - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
+                (not (long - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
                 (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
                  f"of {len(tokenizer)} tokens (the model embeds {rows}) EOS is "
                  f"{tokenizer.eos_token}")):
@@ -325,7 +327,7 @@ def load_model(kind, name, args, new=()):
 
 
 def choose_precision(model, args):
-    """Decide --precision auto, and say it: bf16 on CUDA, and on a CPU that is much faster in it."""
+    """Decide --precision auto: bf16 on CUDA, and on a CPU that is measured to be faster in it."""
     def seconds(dtype):
         a, b = (torch.ones(n, width, dtype=dtype) for n in (1024, 4 * width))
         return min(timeit.repeat(lambda: a @ b.T, number=1, repeat=4))
@@ -495,15 +497,15 @@ def read_pair(tokenizer, turn, sides, limits, seen, row):
     pair = [chat_text(tokenizer, prompt, add_generation_prompt=True)]
     for reply, in replies:
         answer = reply["content"].removesuffix(tail).removesuffix(eos)
-        whole = chat_text(tokenizer, [*prompt, {**reply, "content": answer}])
-        text = whole.removeprefix(pair[0]).removesuffix(after)  # the answer, and what opens it
-        if (whole != pair[0] + text + after or answer.strip() not in text
+        full = chat_text(tokenizer, [*prompt, {**reply, "content": answer}])
+        text = full.removeprefix(pair[0]).removesuffix(after)  # the answer, and what opens it
+        if (full != pair[0] + text + after or answer.strip() not in text
                 or after.strip() and not tail):
             ours, text = pair[0] + answer + tail, answer
-            at = len(os.path.commonprefix([ours, whole]))
+            at = len(os.path.commonprefix([ours, full]))
             if not seen["differ from the template's whole"]:
                 print(f"after {ours[:at][-12:]!r} what is sampled has {ours[at:][:12]!r}, the "
-                      f"template's whole conversation {whole[at:][:12]!r}; see --chat-kwargs")
+                      f"template's whole conversation {full[at:][:12]!r}; see --chat-kwargs")
             seen["differ from the template's whole"] += 1
         thought = (pair[0] + text).rpartition(answer.rpartition("</think>")[2].strip())[0]
         seen["stand inside a thought"] += thought.rfind("<think>") > thought.rfind("</think>")
@@ -517,7 +519,7 @@ def chat_text(tokenizer, messages, **options):
                         time.gmtime(1721952000))
     same_day = f"{{% macro strftime_now(form) %}}{{{{ form{day} }}}}{{% endmacro %}}\n"
     options = {"enable_thinking": False, "thinking": False} | tokenizer.chat_kwargs | options
-    text = tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(  # the date by a macro: it takes no function as an option
         messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
     for m in messages:  # of earlier turns some templates drop the thoughts
         if m["content"].rpartition("</think>")[2].strip() not in text:
@@ -687,7 +689,7 @@ def shard(model, logps_of, recompute):
 
 
 def pooled(tensor):
-    """The sum over the processes, each of which has filled in the rows of its share."""
+    """Sum a tensor, in place, over the processes, each of which has filled in what is its share."""
     if RANKS > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -717,7 +719,7 @@ def fail(message, status=2):
 
 def guard(main, args):
     """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
-    for name, value in vars(args).items():
+    for name, value in vars(args).items():  # a new flag that may be 0 has to be named here
         least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
         if type(value) in (int, float) and not least <= value < 1 << 31:
             fail(f"--{name.replace('_', '-')} {value} is out of range")

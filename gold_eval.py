@@ -1,7 +1,7 @@
-"""Judge a policy as the paper does: win rate, exact KL, and the policy as a classifier.
+r"""Judge a policy as the paper does: win rate, exact KL, and the policy as a classifier.
 
     python gold_eval.py sample --model runs/toy/sft --data data/toy/golden.jsonl --out base.jsonl
-    python gold_eval.py judge --model runs/toy/dpo --reference runs/toy/sft --gold runs/toy/gold \\
+    python gold_eval.py judge --model runs/toy/dpo --reference runs/toy/sft --gold runs/toy/gold \
         --baseline base.jsonl --data data/toy/golden.jsonl --out runs/toy/dpo/judged.json
 
 gold/win_rate         share of the baseline's prompts on which the golden model prefers the policy's
@@ -339,6 +339,7 @@ def plain_logps(model, pairs):
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
     keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
+    # padding is on the right, so that a causal model needs no mask; some ignore logits_to_keep
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
     nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
                            reduction="none")  # column t predicts t + 1; 0 where a label is -100
@@ -348,8 +349,8 @@ def plain_logps(model, pairs):
 def pair_logps(model, pairs):
     """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
-    The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
-    once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
+    The vocabulary projection runs on response positions only. Its (N, V) logits are made chunk by
+    chunk, of LOGITS_AT_ONCE numbers, and in the backward pass again for all chunks but the last.
     """
     ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
     hidden = model.base_model(
@@ -519,7 +520,8 @@ def generate(model, prompts, rows, max_tokens, ends, choose, *_):
 def recompute(model, prompts, rows, max_tokens, ends, choose, *_):
     """Sample prompt by prompt, the whole text anew for every token: right for every causal model.
 
-    choose(rows, t, logits) draws a token for each of these rows. `decode` is the same, faster.
+    choose(rows, t, logits) draws a token for each of these rows, and keeps it: nothing is returned.
+    Rows that have ended go on until all have. `decode` is the same, faster.
     """
     for prompt, some in zip(prompts, rows.chunk(len(prompts)), strict=True):
         ids, alive = torch.tensor([prompt] * len(some), device=model.device), True
@@ -642,7 +644,7 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     Those of one prompt stand side by side; each ends with one of the ids `ends` unless it reached
     `max_tokens`. Ids from `known` on, which pad the head and no tokenizer has, are never drawn.
     Prompts of not too unequal lengths go together: at most `tokens` are computed at once, in a KV
-    cache of at most 8 * `tokens` slots on CUDA, 32 * `tokens` elsewhere. The noise of every (row,
+    cache of at most 8 * `tokens` slots if `static`, else of 32 * `tokens`. The noise of every (row,
     position) is drawn beforehand: neither the grouping nor rows that leave early change what a row
     draws. `generator`: one, or a list, each for an equal share of the prompts. `greedy`: the most
     likely token; `static`: fixed shapes, for CUDA graphs.

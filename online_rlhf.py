@@ -1,18 +1,18 @@
-"""Online RLHF: the losses of ipo.py, dpo.py, slic.py and bo2.py on pairs the policy samples itself.
+r"""Online RLHF: the losses of ipo.py, dpo.py, slic.py, bo2.py on pairs the policy samples itself.
 
     each step: draw prompts; sample two responses each from the current policy, temperature 1;
     a preference model picks chosen and rejected; one gradient step on the same loss as offline
 
-    python online_rlhf.py --loss ipo --model runs/toy/sft --labeller runs/toy/proxy \\
+    python online_rlhf.py --loss ipo --model runs/toy/sft --labeller runs/toy/proxy \
         --prompts data/toy/golden.jsonl --out runs/toy/online-ipo
 
-With the proxy as labeller this is the online run of arXiv:2405.08448, with the golden model its
-golden policy. It needs reward.py beside it, and with --gold gold_eval.py.
-stream.jsonl records D_online: a line per pair, in the order of training, {"step", "prompt_ids",
-"chosen_ids", "rejected_ids", "margin"}: token ids as sampled, and how sure the labeller was. The
-offline script of the same loss and flags, with --data stream.jsonl --shuffle-window 1, repeats the
-run bit for bit on CPU. New here: `main`, `sample_pairs`, `sample`, and `recompute`, the plain way
-to decode; `decode`, below, is the fast one.
+With the proxy as labeller this is the online run of arXiv:2405.08448; labelled by the golden model
+it makes the golden policy, against which all are judged. It needs reward.py beside it, and with
+--gold gold_eval.py. stream.jsonl records its pairs (D_online), a line each in order of training,
+{"step", "prompt_ids", "chosen_ids", "rejected_ids", "margin"}: token ids as sampled, and how sure
+the labeller was. The offline script of the same loss and flags, with --data stream.jsonl
+--shuffle-window 1, repeats the run bit for bit on CPU. New here: `main`, `sample_pairs`, `sample`,
+`pick_tokens`, and `recompute`, the plain way to decode; `decode`, below, is the fast one.
 Between online and offline, --refresh-every K samples the responses of K steps at once, from the
 policy before the first of them (semi-online, arXiv:2506.21495). K = --steps is offline, on the
 starting policy's own responses.
@@ -64,7 +64,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from reward import halve, load_labeller, prefer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 24)  # in fp32 256 MB; on CPU 64 MB
 # products in bf16, over fp32 master weights, where `load_model` finds --precision bf16
 autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     p.add_argument("--beta", type=float, default=0.1, help="larger keeps closer to the reference")
     p.add_argument("--gold", help="golden model, or judge.py: evaluate against --baseline")
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
-    p.add_argument("--eval-data", help="pairs to classify in evaluation (default: --prompts)")
+    p.add_argument("--eval-data", help="pairs to classify in evaluation (if none: --prompts)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
     p.add_argument("--seed", type=int, default=0, help="seed of the data order and of the sampling")
     return add_flags(p).parse_args(argv)
@@ -135,6 +135,7 @@ def plain_logps(model, pairs):
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
     keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
+    # padding is on the right, so that a causal model needs no mask; some ignore logits_to_keep
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
     nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
                            reduction="none")  # column t predicts t + 1; 0 where a label is -100
@@ -172,8 +173,8 @@ def pack_pairs(pairs, device):
 def pair_logps(model, pairs):
     """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
-    The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
-    once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
+    The vocabulary projection runs on response positions only. Its (N, V) logits are made chunk by
+    chunk, of LOGITS_AT_ONCE numbers, and in the backward pass again for all chunks but the last.
     """
     ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
     hidden = model.base_model(
@@ -235,7 +236,8 @@ def pick_tokens(logits, noise):
 def recompute(model, prompts, rows, max_tokens, ends, choose, *_):
     """Sample prompt by prompt, the whole text anew for every token: right for every causal model.
 
-    choose(rows, t, logits) draws a token for each of these rows. `decode` is the same, faster.
+    choose(rows, t, logits) draws a token for each of these rows, and keeps it: nothing is returned.
+    Rows that have ended go on until all have. `decode` is the same, faster.
     """
     for prompt, some in zip(prompts, rows.chunk(len(prompts)), strict=True):
         ids, alive = torch.tensor([prompt] * len(some), device=model.device), True
@@ -254,7 +256,7 @@ def sample(model, prompts, per_prompt, max_tokens, ends, generator, known=None, 
     Those of one prompt stand side by side; each ends with one of the ids `ends` unless it reached
     `max_tokens`. Ids from `known` on, which pad the head and no tokenizer has, are never drawn.
     Prompts of not too unequal lengths go together: at most `tokens` are computed at once, in a KV
-    cache of at most 8 * `tokens` slots on CUDA, 32 * `tokens` elsewhere. The noise of every (row,
+    cache of at most 8 * `tokens` slots if `static`, else of 32 * `tokens`. The noise of every (row,
     position) is drawn beforehand: neither the grouping nor rows that leave early change what a row
     draws. `generator`: one, or a list, each for an equal share of the prompts. `greedy`: the most
     likely token; `static`: fixed shapes, for CUDA graphs.
@@ -300,7 +302,7 @@ def preference_step(policy, logps_of, loss_fn, pairs, ref_logps, beta, tokens):
     """Accumulate the gradient of the batch's mean loss, micro-batch by micro-batch.
 
     Returns means over the batch by TRL's names. Implicit rewards are beta * (logps - ref_logps),
-    for the metrics alone; where beta is None (Bo2) there are none. Equal ones count as wrong.
+    for the metrics alone; where beta is None (Bo2) there are none. Two equal ones count as wrong.
     """
     losses, logps = torch.zeros(len(pairs)), torch.zeros(2, len(pairs))
     for group in micro_batches(pairs, tokens):
@@ -332,13 +334,13 @@ def optimizer_step(model, optimizer, lr, where):
     return {"grad_norm": grad_norm.item(), "lr": lr}
 
 
-def sample_pairs(args, policy, labeller, prompts, ends, noise, known):
+def sample_pairs(args, policy, labeller, prompts, ends, generators, known):
     """Two responses a prompt from the policy, labelled: lines of a stream, without its step.
 
-    noise, known: see `sample`. At margin 0 the first is chosen.
+    generators, known: see `sample`. At margin 0 the first is chosen.
     """
     with autocast():  # around all tokens, so that the weights are cast once
-        responses = sample(policy, prompts, 2, args.max_response_tokens, ends, noise, known,
+        responses = sample(policy, prompts, 2, args.max_response_tokens, ends, generators, known,
                            args.tokens_per_microbatch)
     pairs = list(zip(prompts, responses[::2], responses[1::2], strict=True))
     margins = prefer(labeller, pairs, args.tokens_per_microbatch).tolist()
@@ -348,15 +350,15 @@ def sample_pairs(args, policy, labeller, prompts, ends, noise, known):
 
 
 def noise_of(seed, step):
-    """The generator of a step's sampling, by a hash of both: two steps, seeds or an evaluation
-    hardly ever share their noise. 32 bits: torch's CPU generator drops all higher ones."""
+    """The generator of a step's sampling. Its seed is a hash of both, so that no two steps, of one
+    run or of two, share their noise; of 32 bits, since torch's CPU generator drops higher ones."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(32))
 
 
 def main(args):
     open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
-    data = load_pairs(args.prompts, tokenizer, args, sides=())  # prompts, with stand-ins
+    data = load_pairs(args.prompts, tokenizer, args, sides=())  # prompts, no responses
     batches = make_batches(args.steps, args.batch_size, len(data), 0, args.seed)
     reference = copy.deepcopy(policy) if args.gold or args.loss != "bo2" else None
     actor = copy.deepcopy(policy) if RANKS > 1 else policy  # a whole model, to sample from
@@ -375,15 +377,14 @@ def main(args):
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     beta = None if args.loss == "bo2" else args.beta
     stream, waiting = f"{args.out}/stream.jsonl", []
-    # loads a checkpoint, if there is one, into all of these; logs what we add to `metrics`
+    # first loads a checkpoint, if there is one, into its arguments; after each turn logs `metrics`
     for step, metrics in training_steps(args, policy, optimizer, evaluate):
         rows = batches[step - 1]
         if (step - 1) % args.refresh_every == 0:  # sample and label the batches of so many steps
             steps = range(step, min(step + args.refresh_every, args.steps + 1))
             prompts = [data[i][0] for s in steps for i in batches[s - 1]]
-            noise = [noise_of(args.seed, s) for s in steps]
-            sampled = sample_pairs(args, refresh(actor, policy), labeller, prompts, ends, noise,
-                                   tokenizer.known)
+            sampled = sample_pairs(args, refresh(actor, policy), labeller, prompts, ends,
+                                   [noise_of(args.seed, s) for s in steps], tokenizer.known)
             waiting = [{"step": step + i // len(rows), **row} for i, row in enumerate(sampled)]
             with open(stream if RANK == 0 else os.devnull, "a") as f:
                 f.writelines(json.dumps(row) + "\n" for row in waiting)
@@ -436,8 +437,9 @@ def load_model(kind, name, args, new=()):
     path = f"{name}/final" if os.path.isdir(f"{name}/final") else name
     remote = {"trust_remote_code": args.trust_remote_code}
     if not os.path.isdir(path):  # at once: the hub's retries take half a minute
-        ours = path.count("/") > 1 or os.path.isdir(os.path.dirname(path))
-        (fail if ours else print)(f"{name}: no such folder{'' if ours else '; asking the hub'}")
+        if path.count("/") > 1 or os.path.isdir(os.path.dirname(path)):
+            fail(f"{name}: no such folder")
+        print(f"{name}: no such folder; asking the hub")
     try:
         model, found = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -446,7 +448,7 @@ def load_model(kind, name, args, new=()):
         if "MistralCommon" in type(tokenizer).__name__:
             raise ValueError("the package mistral-common hides its chat template: uninstall that")
         ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
-        whole, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
+        long, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
                         for n in (8, 4))
         lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
         tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
@@ -457,7 +459,7 @@ def load_model(kind, name, args, new=()):
                     for key in found["unexpected_keys"]), "it is quantised"),
                 (lost, f"{len(lost)} weights are not there in their shape and by their name (is "
                  f"there a prefix, as module. or base_model.model.?): {sorted(lost)[:2]}"),
-                (not (whole - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
+                (not (long - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
                 (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
                  f"of {len(tokenizer)} tokens (the model embeds {rows}) EOS is "
                  f"{tokenizer.eos_token}")):
@@ -479,7 +481,7 @@ def load_model(kind, name, args, new=()):
 
 
 def choose_precision(model, args):
-    """Decide --precision auto, and say it: bf16 on CUDA, and on a CPU that is much faster in it."""
+    """Decide --precision auto: bf16 on CUDA, and on a CPU that is measured to be faster in it."""
     def seconds(dtype):
         a, b = (torch.ones(n, width, dtype=dtype) for n in (1024, 4 * width))
         return min(timeit.repeat(lambda: a @ b.T, number=1, repeat=4))
@@ -645,15 +647,15 @@ def read_pair(tokenizer, turn, sides, limits, seen, row):
     pair = [chat_text(tokenizer, prompt, add_generation_prompt=True)]
     for reply, in replies:
         answer = reply["content"].removesuffix(tail).removesuffix(eos)
-        whole = chat_text(tokenizer, [*prompt, {**reply, "content": answer}])
-        text = whole.removeprefix(pair[0]).removesuffix(after)  # the answer, and what opens it
-        if (whole != pair[0] + text + after or answer.strip() not in text
+        full = chat_text(tokenizer, [*prompt, {**reply, "content": answer}])
+        text = full.removeprefix(pair[0]).removesuffix(after)  # the answer, and what opens it
+        if (full != pair[0] + text + after or answer.strip() not in text
                 or after.strip() and not tail):
             ours, text = pair[0] + answer + tail, answer
-            at = len(os.path.commonprefix([ours, whole]))
+            at = len(os.path.commonprefix([ours, full]))
             if not seen["differ from the template's whole"]:
                 print(f"after {ours[:at][-12:]!r} what is sampled has {ours[at:][:12]!r}, the "
-                      f"template's whole conversation {whole[at:][:12]!r}; see --chat-kwargs")
+                      f"template's whole conversation {full[at:][:12]!r}; see --chat-kwargs")
             seen["differ from the template's whole"] += 1
         thought = (pair[0] + text).rpartition(answer.rpartition("</think>")[2].strip())[0]
         seen["stand inside a thought"] += thought.rfind("<think>") > thought.rfind("</think>")
@@ -667,7 +669,7 @@ def chat_text(tokenizer, messages, **options):
                         time.gmtime(1721952000))
     same_day = f"{{% macro strftime_now(form) %}}{{{{ form{day} }}}}{{% endmacro %}}\n"
     options = {"enable_thinking": False, "thinking": False} | tokenizer.chat_kwargs | options
-    text = tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(  # the date by a macro: it takes no function as an option
         messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
     for m in messages:  # of earlier turns some templates drop the thoughts
         if m["content"].rpartition("</think>")[2].strip() not in text:
@@ -1052,7 +1054,7 @@ def shard(model, logps_of, recompute):
 
 
 def pooled(tensor):
-    """The sum over the processes, each of which has filled in the rows of its share."""
+    """Sum a tensor, in place, over the processes, each of which has filled in what is its share."""
     if RANKS > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -1091,7 +1093,7 @@ def fail(message, status=2):
 
 def guard(main, args):
     """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
-    for name, value in vars(args).items():
+    for name, value in vars(args).items():  # a new flag that may be 0 has to be named here
         least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
         if type(value) in (int, float) and not least <= value < 1 << 31:
             fail(f"--{name.replace('_', '-')} {value} is out of range")

@@ -6,7 +6,7 @@
 
 Its aim is coverage, not quality (paper 2405.08448, section 4): the preference labels are not used.
 --data takes several files, pooled. Shapes: B pairs, T tokens a row, N response tokens,
-V vocabulary. The lesson ends with `main`; what is below it every script has.
+V vocabulary. Below `main` is what all scripts need.
 
 MIT licence. Nearest sibling: dpo.py.
 """
@@ -40,7 +40,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RANK, RANKS = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 LOGITS_AT_ONCE = 1 << (26 if DEVICE.type == "cuda" else 24)  # in fp32 256 MB; on CPU 64 MB
 # products in bf16, over fp32 master weights, where `load_model` finds --precision bf16
 autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
@@ -66,6 +66,7 @@ def plain_logps(model, pairs):
     ids = pad_sequence([torch.tensor(x + y) for x, y in rows], True).to(model.device)
     labels = pad_sequence([torch.tensor([-100] * len(x) + y) for x, y in rows], True, -100)
     keep = ids.shape[1] - min(len(x) for x, _ in rows) + 1  # no logits where all rows are prompt
+    # padding is on the right, so that a causal model needs no mask; some ignore logits_to_keep
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1].float()
     nlls = F.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep:].flatten().to(model.device),
                            reduction="none")  # column t predicts t + 1; 0 where a label is -100
@@ -103,8 +104,8 @@ def pack_pairs(pairs, device):
 def pair_logps(model, pairs):
     """The same as `plain_logps`, faster and in less memory: one row a pair, not two.
 
-    The vocabulary projection runs on response positions only. Its (N, V) logits never exist at
-    once: they are made chunk by chunk, and in the backward pass again for all chunks but the last.
+    The vocabulary projection runs on response positions only. Its (N, V) logits are made chunk by
+    chunk, of LOGITS_AT_ONCE numbers, and in the backward pass again for all chunks but the last.
     """
     ids, positions, _, visible, sources, targets, owners = pack_pairs(pairs, model.device)
     hidden = model.base_model(
@@ -227,8 +228,9 @@ def load_model(kind, name, args, new=()):
     path = f"{name}/final" if os.path.isdir(f"{name}/final") else name
     remote = {"trust_remote_code": args.trust_remote_code}
     if not os.path.isdir(path):  # at once: the hub's retries take half a minute
-        ours = path.count("/") > 1 or os.path.isdir(os.path.dirname(path))
-        (fail if ours else print)(f"{name}: no such folder{'' if ours else '; asking the hub'}")
+        if path.count("/") > 1 or os.path.isdir(os.path.dirname(path)):
+            fail(f"{name}: no such folder")
+        print(f"{name}: no such folder; asking the hub")
     try:
         model, found = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -237,7 +239,7 @@ def load_model(kind, name, args, new=()):
         if "MistralCommon" in type(tokenizer).__name__:
             raise ValueError("the package mistral-common hides its chat template: uninstall that")
         ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
-        whole, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
+        long, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
                         for n in (8, 4))
         lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
         tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
@@ -248,7 +250,7 @@ def load_model(kind, name, args, new=()):
                     for key in found["unexpected_keys"]), "it is quantised"),
                 (lost, f"{len(lost)} weights are not there in their shape and by their name (is "
                  f"there a prefix, as module. or base_model.model.?): {sorted(lost)[:2]}"),
-                (not (whole - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
+                (not (long - start).norm() <= 1e-4 * start.norm(), "its tokens see later ones"),
                 (tokenizer.known < 2 or tokenizer.eos_token_id not in range(tokenizer.known),
                  f"of {len(tokenizer)} tokens (the model embeds {rows}) EOS is "
                  f"{tokenizer.eos_token}")):
@@ -270,7 +272,7 @@ def load_model(kind, name, args, new=()):
 
 
 def choose_precision(model, args):
-    """Decide --precision auto, and say it: bf16 on CUDA, and on a CPU that is much faster in it."""
+    """Decide --precision auto: bf16 on CUDA, and on a CPU that is measured to be faster in it."""
     def seconds(dtype):
         a, b = (torch.ones(n, width, dtype=dtype) for n in (1024, 4 * width))
         return min(timeit.repeat(lambda: a @ b.T, number=1, repeat=4))
@@ -440,15 +442,15 @@ def read_pair(tokenizer, turn, sides, limits, seen, row):
     pair = [chat_text(tokenizer, prompt, add_generation_prompt=True)]
     for reply, in replies:
         answer = reply["content"].removesuffix(tail).removesuffix(eos)
-        whole = chat_text(tokenizer, [*prompt, {**reply, "content": answer}])
-        text = whole.removeprefix(pair[0]).removesuffix(after)  # the answer, and what opens it
-        if (whole != pair[0] + text + after or answer.strip() not in text
+        full = chat_text(tokenizer, [*prompt, {**reply, "content": answer}])
+        text = full.removeprefix(pair[0]).removesuffix(after)  # the answer, and what opens it
+        if (full != pair[0] + text + after or answer.strip() not in text
                 or after.strip() and not tail):
             ours, text = pair[0] + answer + tail, answer
-            at = len(os.path.commonprefix([ours, whole]))
+            at = len(os.path.commonprefix([ours, full]))
             if not seen["differ from the template's whole"]:
                 print(f"after {ours[:at][-12:]!r} what is sampled has {ours[at:][:12]!r}, the "
-                      f"template's whole conversation {whole[at:][:12]!r}; see --chat-kwargs")
+                      f"template's whole conversation {full[at:][:12]!r}; see --chat-kwargs")
             seen["differ from the template's whole"] += 1
         thought = (pair[0] + text).rpartition(answer.rpartition("</think>")[2].strip())[0]
         seen["stand inside a thought"] += thought.rfind("<think>") > thought.rfind("</think>")
@@ -462,7 +464,7 @@ def chat_text(tokenizer, messages, **options):
                         time.gmtime(1721952000))
     same_day = f"{{% macro strftime_now(form) %}}{{{{ form{day} }}}}{{% endmacro %}}\n"
     options = {"enable_thinking": False, "thinking": False} | tokenizer.chat_kwargs | options
-    text = tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(  # the date by a macro: it takes no function as an option
         messages, chat_template=same_day + tokenizer.get_chat_template(), tokenize=False, **options)
     for m in messages:  # of earlier turns some templates drop the thoughts
         if m["content"].rpartition("</think>")[2].strip() not in text:
@@ -632,7 +634,7 @@ def shard(model, logps_of, recompute):
 
 
 def pooled(tensor):
-    """The sum over the processes, each of which has filled in the rows of its share."""
+    """Sum a tensor, in place, over the processes, each of which has filled in what is its share."""
     if RANKS > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -662,7 +664,7 @@ def fail(message, status=2):
 
 def guard(main, args):
     """Run main(args); flags out of range and what the machine lacks are one line and status 2."""
-    for name, value in vars(args).items():
+    for name, value in vars(args).items():  # a new flag that may be 0 has to be named here
         least = 0 if name in ("seed", "warmup", "shuffle_window", "sft_weight") else 1e-12
         if type(value) in (int, float) and not least <= value < 1 << 31:
             fail(f"--{name.replace('_', '-')} {value} is out of range")
