@@ -67,7 +67,6 @@ def parse_args(argv=None):
     p.add_argument("--baseline", help="file of baseline responses (gold_eval.py sample)")
     p.add_argument("--eval-data", help="pairs to classify in evaluation (if none: --data)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
-    p.add_argument("--seed", type=int, default=0, help="seed of the data order")
     return add_flags(p).parse_args(argv)
 
 
@@ -268,6 +267,7 @@ def add_flags(p, training=True):
                    help="of matrix products; weights are fp32 (auto: bf16 where it is faster)")
     p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
     if training:
+        p.add_argument("--seed", type=int, default=0, help="seed of all that is drawn by chance")
         p.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute layers in the backward pass: less memory, 1/3 more work")
         p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")

@@ -69,7 +69,6 @@ def parse_args(argv=None):
     p.add_argument("--patience", type=int, default=5,
                    help="stop after this many evaluations without a better validation accuracy")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
-    p.add_argument("--seed", type=int, default=0, help="seed of the order of pairs and sides")
     label = commands.add_parser("label", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     label.add_argument("--model", required=True, help="preference model: run folder of `train`")
     label.add_argument("--data", required=True, help="pairs to label (jsonl, jsonl.gz)")
@@ -312,6 +311,7 @@ def add_flags(p, training=True):
                    help="of matrix products; weights are fp32 (auto: bf16 where it is faster)")
     p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
     if training:
+        p.add_argument("--seed", type=int, default=0, help="seed of all that is drawn by chance")
         p.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute layers in the backward pass: less memory, 1/3 more work")
         p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")

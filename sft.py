@@ -56,7 +56,6 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=int, default=64, help="pairs per step, two responses each")
     p.add_argument("--lr", type=float, default=3e-5, help="learning rate, constant after warm-up")
     p.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
-    p.add_argument("--seed", type=int, default=0, help="seed of the data order")
     return add_flags(p).parse_args(argv)
 
 
@@ -213,6 +212,7 @@ def add_flags(p, training=True):
                    help="of matrix products; weights are fp32 (auto: bf16 where it is faster)")
     p.add_argument("--trust-remote-code", action="store_true", help="run code that --model ships")
     if training:
+        p.add_argument("--seed", type=int, default=0, help="seed of all that is drawn by chance")
         p.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute layers in the backward pass: less memory, 1/3 more work")
         p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")

@@ -77,8 +77,8 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (749, 255), "ipo.py": (749, 255), "slic.py": (754, 260), "bo2.py": (727, 233),
-    "sft.py": (694, 200), "online_rlhf.py": (1123, 409), "reward.py": (937, 299),
+    "dpo.py": (749, 254), "ipo.py": (749, 254), "slic.py": (754, 259), "bo2.py": (727, 232),
+    "sft.py": (694, 199), "online_rlhf.py": (1123, 408), "reward.py": (937, 298),
     "gold_eval.py": (680, 240), "tasks.py": (520, 520), "study.py": (538, 538),
     "plots.py": (874, 874)}
 
