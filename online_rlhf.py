@@ -918,13 +918,21 @@ def open_run(args):
             with open(path, "rb") as f:
                 vars(args)[f"checksum of {path}"] = zlib.crc32(f.read())
     args.script = os.path.basename(__file__)
+    os.makedirs(args.out, exist_ok=True)
+    if RANK == 0 and os.name == "posix":
+        import fcntl
+        lock = os.open(f"{args.out}/lock", os.O_RDWR | os.O_CREAT)  # held to the process's end
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"another process is training into {args.out}")
     if os.path.exists(f"{args.out}/final"):
         fail(f"{args.out} is finished; choose another --out, or remove it")
-    log = f"{args.out}/metrics.jsonl"
-    if os.path.exists(log) and os.path.getsize(log):
+    logs = [f"{args.out}/{name}.jsonl" for name in ("metrics", "samples", "stream")]
+    if any(os.path.exists(log) and os.path.getsize(log) for log in logs):
         if not args.resume:
             fail(f"{args.out} exists; go on with --resume, or choose another --out")
-        started, = read_jsonl(f"{args.out}/args.json")
+        started = next(read_jsonl(f"{args.out}/args.json"), {})
         if args.precision == "auto":  # as it was decided then
             args.precision = started.get("precision")
         free = {"resume", "out", "save_every", "tokens_per_microbatch", "checkpoint_activations"}
@@ -932,7 +940,6 @@ def open_run(args):
                    if k not in free and started.get(k) != v]
         if changed:
             fail(f"--resume: {args.out} was started with another {', '.join(changed)}")
-    os.makedirs(args.out, exist_ok=True)  # now: what it lacks is to be known before the work
     if args.warmup > args.steps:
         print(f"--warmup {args.warmup} is longer than the run: --lr will not be reached")
     if getattr(args, "baseline", None) and not args.gold:
@@ -965,22 +972,17 @@ def training_steps(args, model, optimizer, evaluate=None, **kept):
             fail(f"{path} is damaged or of another model ({e}); remove {args.out} to start over")
     logs = {name: f"{args.out}/{name}.jsonl" for name in ("metrics", "samples", "stream")}
     log = open(logs["metrics"] if RANK == 0 else os.devnull, "a", buffering=1)
-    try:
-        if RANK == 0 and os.name == "posix":
-            import fcntl
-            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as the log is open
-    except OSError:
-        fail(f"another process is training into {args.out}")
     if RANK == 0 and not saved["done"]:  # all that decides the run, also what `auto` became
         device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
         with open(f"{args.out}/args.json.tmp", "w") as f:
             json.dump(vars(args) | {"torch": torch.__version__, "device": device,
                                     "transformers": transformers.__version__}, f)
         os.replace(f"{args.out}/args.json.tmp", f"{args.out}/args.json")
-    for name in [x for x in logs if os.path.exists(logs[x])]:
+    for name in [x for x in logs if RANK == 0 and os.path.exists(logs[x])]:
         if os.path.getsize(logs[name]) < saved.get(name, 0):
             fail(f"{logs[name]} is shorter than it was; mend it, or remove {args.out}")
         os.truncate(logs[name], saved.get(name, 0))  # a killed run wrote more than it saved
+    pooled(torch.zeros(1))  # the others may read them now
     if evaluate and not saved["done"]:  # where training starts from: KL 0, accuracies 1/2
         log.write(json.dumps({"step": 0, **evaluate(0)}) + "\n")
     caught = []  # SIGINT or SIGTERM: the step is finished and saved first

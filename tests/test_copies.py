@@ -77,8 +77,8 @@ def test_every_flag_is_read(path):
 
 
 BUDGET = {  # lines of the file, of its lesson; to raise one is a decision: see first what can go
-    "dpo.py": (749, 254), "ipo.py": (749, 254), "slic.py": (754, 259), "bo2.py": (727, 232),
-    "sft.py": (694, 199), "online_rlhf.py": (1123, 408), "reward.py": (937, 298),
+    "dpo.py": (751, 254), "ipo.py": (751, 254), "slic.py": (756, 259), "bo2.py": (729, 232),
+    "sft.py": (696, 199), "online_rlhf.py": (1125, 408), "reward.py": (939, 298),
     "gold_eval.py": (680, 240), "tasks.py": (520, 520), "study.py": (538, 538),
     "plots.py": (874, 874)}
 

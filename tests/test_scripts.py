@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,35 @@ def test_same_seed_same_bits(toy, tmp_path, script):
     assert not same_weights(f"{tmp_path}/a", f"{tmp_path}/c")
     first = {"ipo": 0.25, "dpo": math.log(2), "slic": 1.0, "bo2": -a[0]["logps/chosen"]}[script]
     assert a[0]["loss"] == pytest.approx(first, abs=1e-5)
+
+
+def test_a_log_that_is_not_the_runs_own_is_left_alone(toy, tmp_path, capsys):
+    """A stream read from the folder that is to be written, say; a start with no args.json."""
+    out = tmp_path / "r"
+    out.mkdir()
+    line = '{"prompt_ids": [5], "chosen_ids": [6, 1], "rejected_ids": [7, 1]}\n'
+    (out / "stream.jsonl").write_text(line)
+    for resume, hint in ((None, "--resume"), (True, "args.json")):
+        with pytest.raises(SystemExit) as stop:
+            offline(toy, "ipo", out, data=f"{out}/stream.jsonl", resume=resume)
+        assert stop.value.code == 2 and hint in capsys.readouterr().err
+    (out / "args.json").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        offline(toy, "ipo", out, data=f"{out}/stream.jsonl", resume=True)
+    assert stop.value.code == 2 and "was started with another" in capsys.readouterr().err
+    assert (out / "stream.jsonl").read_text() == line
+
+
+def test_only_the_first_process_cuts_the_logs(tmp_path, monkeypatch):
+    """It alone has the lock: a start that is refused takes nothing from the run that goes on."""
+    import ipo
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    monkeypatch.setattr(ipo, "RANK", 1)
+    model = torch.nn.Linear(1, 1)
+    steps = ipo.training_steps(SimpleNamespace(out=str(tmp_path), steps=1), model,
+                               torch.optim.AdamW(model.parameters()))
+    assert next(steps)[0] == 1 and (tmp_path / "metrics.jsonl").stat().st_size == 12
 
 
 def test_reference_log_probs_are_kept(toy, tmp_path, monkeypatch):
