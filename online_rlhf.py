@@ -349,15 +349,15 @@ def sample_pairs(args, policy, labeller, prompts, ends, generators, known):
 
 
 def noise_of(seed, step):
-    """The generator of a step's sampling. Its seed is a hash of both, so that no two steps, of one
-    run or of two, share their noise; of 32 bits, since torch's CPU generator drops higher ones."""
+    """The generator of a step's sampling. Its seed is a hash of both, so that two steps, of one run
+    or two, hardly ever share their noise; of 32 bits: torch's CPU generator drops higher ones."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(32))
 
 
 def main(args):
     open_run(args)
     policy, tokenizer = load_model(AutoModelForCausalLM, args.model, args)
-    data = load_pairs(args.prompts, tokenizer, args, sides=())  # prompts, no responses
+    data = load_pairs(args.prompts, tokenizer, args, sides=())  # only prompts count
     batches = make_batches(args.steps, args.batch_size, len(data), 0, args.seed)
     reference = copy.deepcopy(policy) if args.gold or args.loss != "bo2" else None
     actor = copy.deepcopy(policy) if RANKS > 1 else policy  # a whole model, to sample from
@@ -449,7 +449,7 @@ def load_model(kind, name, args, new=()):
             raise ValueError("the package mistral-common hides its chat template: uninstall that")
         ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
         long, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
-                        for n in (8, 4))
+                       for n in (8, 4))
         lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
         tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
         for wrong, why in (

@@ -300,7 +300,7 @@ def load_model(kind, name, args, new=()):
             raise ValueError("the package mistral-common hides its chat template: uninstall that")
         ids, rows = torch.arange(8)[None], model.get_input_embeddings().num_embeddings
         long, start = (model.eval()(input_ids=ids[:, :n] % rows, use_cache=False)[0][:, :4]
-                        for n in (8, 4))
+                       for n in (8, 4))
         lost = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {*new}
         tokenizer.known = min(len(tokenizer), rows)  # the ids that it has and the model embeds
         for wrong, why in (

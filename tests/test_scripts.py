@@ -62,6 +62,23 @@ def test_a_log_that_is_not_the_runs_own_is_left_alone(toy, tmp_path, capsys):
     assert (out / "stream.jsonl").read_text() == line
 
 
+def test_the_folder_is_locked_from_its_opening_to_the_end(toy, tmp_path, monkeypatch):
+    """Also while the model loads and final/ is written, though the log is closed by then."""
+    import dpo
+
+    found, ask = [], ("import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | "
+                      "fcntl.LOCK_NB)")
+    for name, usual in (("load_model", dpo.load_model), ("finish_run", dpo.finish_run)):
+        def asked(*args, usual=usual):
+            found.append(subprocess.run([sys.executable, "-c", ask, f"{tmp_path}/r/lock"],
+                                        stderr=subprocess.PIPE, text=True).stderr)
+            return usual(*args)
+
+        monkeypatch.setattr(dpo, name, asked)
+    offline(toy, "dpo", f"{tmp_path}/r", steps=1)
+    assert len(found) == 2 and all("BlockingIOError" in err for err in found), found
+
+
 def test_only_the_first_process_cuts_the_logs(tmp_path, monkeypatch):
     """It alone has the lock: a start that is refused takes nothing from the run that goes on."""
     import ipo
